@@ -1,0 +1,258 @@
+"""Write weights.bin: every tensor of the ladder once, in deployment form, units sorted, quantised as asked.
+
+Layers are taken one at a time from the checkpoint, so this holds one layer beside whatever the checkpoint itself
+holds. With int4, a layer is quantised with GPTQ against the activations that the *already quantised* layers below it
+produce on the calibration text, as published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from eopc_compiler.config import LayerDims, LlamaConfig
+from eopc_compiler.dialects import Dialect, EagerOps, rotary_tables
+from eopc_compiler.export import WeightTable, row_count, unit_count
+from eopc_compiler.importance import Report, capture_inputs, run_layer
+from eopc_compiler.ladder import Mask, UnitOrder
+from eopc_compiler.model import Block, Llama
+from eopc_compiler.quantize import Quantized, choose_block, gptq, round_to_nearest
+from eopc_compiler.weights import ColumnMatrix, Entry, RowMatrix, Stored, WeightReader, WeightWriter
+
+GetTensor = Callable[[str], Tensor]
+BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How values are stored: precision of the matrices, compute type of the rest, scale layout of the dialect."""
+
+    precision: str  # fp32, fp16, int8, int4
+    dtype: str  # compute type: float32 or float16
+    blocks: dict[int, int | None]  # bits -> inputs per scale; None is per channel
+
+    @classmethod
+    def choose(cls, precision: str, compute_dtype: str, dialect: Dialect, widths: set[int]) -> Storage:
+        """Storage for a precision; fp32 and fp16 fix the compute type, quantised tiers follow the device."""
+        dtype = {"fp32": "float32", "fp16": "float16"}.get(precision, compute_dtype)
+        blocks = {b: choose_block(b, widths) if dialect.block_quantization else None for b in (8, 4)}
+        return cls(precision, dtype, blocks)
+
+    @property
+    def bits(self) -> int | None:
+        return BITS.get(self.precision)
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Stored bytes per matrix element, scales included."""
+        size = {"float32": 4, "float16": 2}[self.dtype]
+        if self.bits is None:
+            return size
+        block = self.blocks[self.bits]
+        return self.bits / 8 + (size / block if block else 0.0)
+
+
+def write_weights(
+    path: Path,
+    config: LlamaConfig,
+    get: GetTensor,
+    orders: Sequence[UnitOrder],
+    masks: Sequence[Mask],
+    storage: Storage,
+    context: int,
+    calibration: Sequence[Tensor] = (),
+    report: Report | None = None,
+) -> tuple[WeightTable, dict[str, int]]:
+    """Write weights.bin and return where everything lies, and how many bytes each stored type takes.
+
+    Args:
+        get: tensors by Hugging Face name, fp32.
+        masks: of all tiers; they fix where column matrices are cut.
+        calibration: token batches [n, S] for GPTQ; used by int4 alone.
+    """
+    head_name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    entries: dict[str, Entry] = {}
+    gptq_run = _GptqRun(config, get, context, calibration) if storage.bits == 4 else None
+    with WeightWriter(path) as writer:
+        for name, table in zip(("cos", "sin"), rotary_tables(config, context), strict=True):
+            entries[name] = writer.tensor(table, storage.dtype)
+        entries["model.embed_tokens.weight"] = _write_embedding(writer, get("model.embed_tokens.weight"), storage)
+        for source, dims in enumerate(config.layers):
+            layer = deployment_layer(config, source, get, orders[source])
+            quantized = gptq_run.quantize_layer(layer, storage) if gptq_run else {}
+            _write_layer(writer, entries, f"model.layers.{source}.", layer, quantized, dims, masks, config, storage)
+            if report:
+                report(source + 1, len(config.layers) + 1)
+        entries["model.norm.weight"] = writer.tensor(get("model.norm.weight"), storage.dtype)
+        head = get(head_name).t().contiguous()
+        quantized_head = gptq_run.quantize_head(head, get("model.norm.weight"), storage) if gptq_run else None
+        stored_head = quantized_head or _round(head, storage)
+        entries["lm_head.weight"] = writer.columns(stored_head, [(1, config.vocab_size)], [1], storage.dtype)
+        if report:
+            report(len(config.layers) + 1, len(config.layers) + 1)
+        return WeightTable(entries), dict(writer.histogram)
+
+
+def deployment_layer(config: LlamaConfig, source: int, get: GetTensor, order: UnitOrder) -> Block:
+    """One whole layer, units sorted, in deployment form."""
+    dims = config.layers[source]
+    with torch.device("meta"):
+        block = Block(config, dims, EagerOps())
+    groups, channels = torch.tensor(order.kv_groups), torch.tensor(order.ffn_channels)
+    width = config.query_group_size * config.head_dim
+
+    def by_group(tensor: Tensor, rows: int) -> Tensor:
+        return tensor.view(len(groups), rows, *tensor.shape[1:])[groups].flatten(0, 1)
+
+    def sort(name: str, tensor: Tensor) -> Tensor:
+        if "q_proj" in name:
+            return by_group(tensor, width)
+        if "k_proj" in name or "v_proj" in name:
+            return by_group(tensor, config.head_dim)
+        if "o_proj.weight" in name:
+            return by_group(tensor.t(), width).t()
+        if "gate_proj" in name or "up_proj" in name:
+            return tensor[channels]
+        if "down_proj.weight" in name:
+            return tensor[:, channels]
+        return tensor.clone()
+
+    for name, _ in list(block.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        value = sort(name, get(f"model.layers.{source}.{name}")).contiguous()
+        setattr(block.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    block.self_attn.fuse()
+    block.mlp.fuse()
+    return block
+
+
+def load_tier(config: LlamaConfig, table: WeightTable, reader: WeightReader, context: int) -> Llama:
+    """The deployment-form fp32 model of a tier, from the bytes its graph uses: the reference for parity."""
+    with torch.device("meta"):
+        model = Llama(config, context=context).fuse()
+    for name, _ in list(model.named_parameters()):
+        entry, dims = table.of_tier(name, config.layers)
+        owner, _, leaf = name.rpartition(".")
+        value = _read(reader, entry, dims, name)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    for buffer in ("cos", "sin"):
+        entry = table.entries[buffer]
+        assert isinstance(entry, Stored)
+        setattr(model, buffer, reader.stored(entry).float())
+    return model.eval()
+
+
+def _read(reader: WeightReader, entry: Entry, dims: LayerDims | None, name: str) -> Tensor:
+    if isinstance(entry, Stored):
+        return reader.stored(entry).float()
+    if isinstance(entry, ColumnMatrix):
+        return reader.columns(entry, unit_count(name, dims))
+    if name == "model.embed_tokens.weight":  # stored [vocab, hidden] with scales along hidden
+        codes = reader.stored(entry.codes).float()
+        if entry.scales is None:
+            return codes
+        scales = reader.stored(entry.scales).float()
+        return codes * (scales[:, None] if entry.block is None else scales.repeat_interleave(entry.block, 1))
+    assert dims is not None
+    return reader.rows(entry, row_count(name, dims, entry))
+
+
+def _write_layer(
+    writer: WeightWriter,
+    entries: dict[str, Entry],
+    prefix: str,
+    layer: Block,
+    quantized: dict[str, Quantized],
+    dims: LayerDims,
+    masks: Sequence[Mask],
+    config: LlamaConfig,
+    storage: Storage,
+) -> None:
+    kept = [d for mask in masks for d in mask.layers if d.source_layer == dims.source_layer]
+    group_bounds = sorted({d.num_key_value_heads for d in kept} | {dims.num_key_value_heads})
+    ffn_bounds = sorted({d.intermediate_size for d in kept} | {dims.intermediate_size})
+    head, groups, width = config.head_dim, dims.num_key_value_heads, dims.intermediate_size
+    cuts = {
+        "self_attn.qkv_proj": ([(groups, config.query_group_size * head), (groups, head), (groups, head)], group_bounds),
+        "mlp.gate_up_proj": ([(width, 1), (width, 1)], ffn_bounds),
+    }
+    rows_per_unit = {"self_attn.o_proj": config.query_group_size * head, "mlp.down_proj": 1}
+    for name, parameter in layer.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        value = parameter.data
+        if owner in cuts:
+            parts, bounds = cuts[owner]
+            matrix = value if leaf == "bias" else quantized.get(owner) or _round(value, storage)
+            entries[prefix + name] = writer.columns(matrix, parts, bounds, storage.dtype)
+        elif owner in rows_per_unit and leaf == "weight":
+            matrix = quantized.get(owner) or _round(value, storage)
+            entries[prefix + name] = writer.rows(matrix, storage.dtype, rows_per_unit[owner])
+        else:
+            entries[prefix + name] = writer.tensor(value, storage.dtype)
+
+
+def _write_embedding(writer: WeightWriter, table: Tensor, storage: Storage) -> RowMatrix:
+    """The lookup table [vocab, hidden], rows contiguous; int8 also under int4: a step reads one row of it."""
+    if storage.bits is None:
+        return writer.rows(table, storage.dtype)
+    columns = round_to_nearest(table.t(), 8, storage.blocks[8], getattr(torch, storage.dtype))
+    codes = writer.tensor(columns.codes.t().contiguous(), "int8")
+    scales = columns.scales.t().contiguous()  # [vocab, hidden / block], or [vocab]
+    return RowMatrix(codes, writer.tensor(scales, storage.dtype), storage.blocks[8])
+
+
+def _round(matrix: Tensor, storage: Storage) -> Tensor | Quantized:
+    if storage.bits is None:
+        return matrix
+    return round_to_nearest(matrix, storage.bits, storage.blocks[storage.bits], getattr(torch, storage.dtype))
+
+
+class _GptqRun:
+    """Carries the calibration activations upwards through quantised layers."""
+
+    def __init__(self, config: LlamaConfig, get: GetTensor, context: int, calibration: Sequence[Tensor]) -> None:
+        embedding = get("model.embed_tokens.weight")
+        self._hidden = [embedding[tokens] for tokens in calibration]
+        with torch.device("meta"):
+            self._shell = Llama(replace(config, layers=()), context=1)
+        length = max(x.shape[1] for x in self._hidden)
+        self._shell.cos, self._shell.sin = rotary_tables(config, length)
+        self._eps = config.rms_norm_eps
+
+    def quantize_layer(self, layer: Block, storage: Storage) -> dict[str, Quantized]:
+        """Quantise the four matrices of a layer in the order data reaches them; the layer then computes with them."""
+        block = storage.blocks[4]
+        assert block is not None, "int4 needs a dialect with block scales"
+        result: dict[str, Quantized] = {}
+        for stage in (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)):
+            modules = {name: layer.get_submodule(name) for name in stage}
+            with capture_inputs(modules) as captured:
+                for x in self._hidden:
+                    run_layer(self._shell, layer, x)
+            for name, module in modules.items():
+                hessian = _gram(captured[name])
+                scale_dtype = getattr(torch, storage.dtype)
+                result[name] = gptq(module.weight.data, hessian, 4, block, scale_dtype)
+                module.weight.data = result[name].dequantize()
+        self._hidden = [run_layer(self._shell, layer, x) for x in self._hidden]
+        return result
+
+    def quantize_head(self, head: Tensor, norm: Tensor, storage: Storage) -> Quantized:
+        """Quantise the LM head [hidden, vocab] against the final norm's outputs."""
+        block = storage.blocks[4]
+        assert block is not None
+        normed = [EagerOps().rms_norm(x, norm, self._eps).flatten(0, 1) for x in self._hidden]
+        return gptq(head, _gram(normed), 4, block, getattr(torch, storage.dtype))
+
+
+def _gram(inputs: Sequence[Tensor]) -> Tensor:
+    """Σ xᵀx over tokens, [width, width] fp64 accumulated from fp32 products."""
+    width = inputs[0].shape[1]
+    total = torch.zeros(width, width, dtype=torch.float64)
+    for x in inputs:
+        total += (x.t() @ x).double()
+    return total

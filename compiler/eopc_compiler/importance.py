@@ -1,0 +1,150 @@
+"""Ladder v1's importance: activation statistics of the dense model on the calibration text, nothing trained.
+
+* A unit inside a layer (KV group, FFN channel): S_j = E[x_j²] ‖W_j‖², the energy that input j of o_proj or down_proj
+  puts into the layer's output; a KV group sums over its query heads. It is the WIFV score of FLAP (arXiv 2312.11983)
+  with the second moment in place of the variance, because v1 compensates no mean.
+* A layer: block influence of ShortGPT (arXiv 2403.03853), 1 - cos(input, output), averaged over tokens.
+
+A later search replaces the choice made from these numbers (planner.py), not the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eopc_compiler.config import LlamaConfig
+from eopc_compiler.ladder import Mask, UnitOrder
+from eopc_compiler.model import Block, Cache, Llama, Rotary, causal_mask
+
+
+@dataclass(frozen=True, slots=True)
+class LayerScores:
+    """Importance of one layer's units, as shares of the layer's output energy, and of the layer itself."""
+
+    kv_groups: tuple[float, ...]
+    ffn_channels: tuple[float, ...]
+    influence: float  # 1 - cos(input, output), in 0..2
+
+    def order(self) -> UnitOrder:
+        """Units from most to least important; ties keep their original order."""
+        return UnitOrder(_descending(self.kv_groups), _descending(self.ffn_channels))
+
+
+Report = Callable[[int, int], None]  # done, total
+
+
+def score_layers(model: Llama, batches: Sequence[Tensor], report: Report | None = None) -> tuple[LayerScores, ...]:
+    """Score every unit of a checkpoint-form model on token batches [n, S]."""
+    scores = []
+    hidden = [model.model.embed_tokens(tokens) for tokens in batches]
+    for index, layer in enumerate(model.model.layers):
+        with capture_inputs({"o": layer.self_attn.o_proj, "down": layer.mlp.down_proj}) as captured:
+            after = [run_layer(model, layer, x) for x in hidden]
+        cosines = torch.cat([F.cosine_similarity(a, b, dim=-1).flatten() for a, b in zip(hidden, after, strict=True)])
+        heads = _energy(captured["o"], layer.self_attn.o_proj.weight)
+        per_group = heads.view(model.config.layers[index].num_key_value_heads, -1).sum(1)
+        channels = _energy(captured["down"], layer.mlp.down_proj.weight)
+        scores.append(
+            LayerScores(
+                tuple((per_group / heads.sum()).tolist()),
+                tuple((channels / channels.sum()).tolist()),
+                1.0 - float(cosines.mean()),
+            )
+        )
+        hidden = after
+        if report:
+            report(index + 1, len(model.model.layers))
+    return tuple(scores)
+
+
+def loss_under_mask(
+    model: Llama, batches: Sequence[Tensor], mask: Mask, orders: Sequence[UnitOrder], config: LlamaConfig
+) -> float:
+    """Mean next-token loss of the dense model with the dropped units silenced: what slicing would compute.
+
+    For choosing only; a shipped tier is really sliced and measured again through the runtime.
+    """
+    total, count = 0.0, 0
+    kept = {d.source_layer: d for d in mask.layers}
+    hooks = []
+    for index, layer in enumerate(model.model.layers):
+        if (dims := kept.get(index)) is None:
+            continue
+        order = orders[index]
+        width = config.query_group_size * config.head_dim
+        groups = torch.zeros(len(order.kv_groups), 1)
+        groups[list(order.kv_groups[: dims.num_key_value_heads])] = 1.0
+        channels = torch.zeros(len(order.ffn_channels))
+        channels[list(order.ffn_channels[: dims.intermediate_size])] = 1.0
+        for module, gate in (
+            (layer.self_attn.o_proj, groups.expand(-1, width).flatten()),
+            (layer.mlp.down_proj, channels),
+        ):
+            hooks.append(module.register_forward_pre_hook(lambda _m, args, gate=gate: (args[0] * gate,)))
+    try:
+        for tokens in batches:
+            x = model.model.embed_tokens(tokens)
+            for index, layer in enumerate(model.model.layers):
+                if index in kept:
+                    x = run_layer(model, layer, x)
+            logits = model.lm_head(model.model.norm(x[:, :-1]))
+            total += float(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
+            count += tokens[:, 1:].numel()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total / count
+
+
+def run_layer(model: Llama, layer: Any, x: Tensor) -> Tensor:
+    """One block over whole sequences x [n, S, hidden], causal, with a throw-away cache."""
+    assert isinstance(layer, Block)
+    batch, length, _ = x.shape
+    attention = layer.self_attn
+    shape = (batch, attention.kv_heads, length, attention.head_dim)
+    positions = torch.arange(length)
+    rotary = Rotary(model.get_buffer("cos"), model.get_buffer("sin"), positions[None].expand(batch, -1))
+    mask = causal_mask(positions, length, x.dtype)
+    zero = torch.zeros(batch, dtype=torch.long)
+    with torch.no_grad():
+        out, _, _ = layer(x, rotary, zero, mask, torch.zeros(shape), torch.zeros(shape))
+    return out  # type: ignore[no-any-return]
+
+
+@contextmanager
+def capture_inputs(modules: dict[str, Any]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect the inputs of modules, flattened to [tokens, width], while the block runs."""
+    captured: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+    def keep(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
+        return lambda _module, args: captured[name].append(args[0].detach().flatten(0, -2))
+
+    handles = [module.register_forward_pre_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _energy(inputs: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """E[x_j²] ‖W_:,j‖² per input j of a checkpoint-form matrix [out, in], in fp64."""
+    moment = sum(x.double().pow(2).sum(0) for x in inputs)
+    assert isinstance(moment, Tensor)
+    return moment * weight.double().pow(2).sum(0)
+
+
+def _descending(values: Sequence[float]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(values)), key=lambda i: (-values[i], i)))
+
+
+def dense_model_loss(model: Llama, batches: Sequence[Tensor], config: LlamaConfig, orders: Sequence[UnitOrder]) -> float:
+    """Mean next-token loss of the whole model."""
+    return loss_under_mask(model, batches, Mask(config.layers), orders, config)

@@ -1,0 +1,184 @@
+"""The nested ladder as data: what every tier keeps, and the one order of units that makes keeping a prefix.
+
+A `UnitOrder` sorts the KV groups and FFN channels of one source layer by importance, once. A `Mask` says how many of
+them a tier keeps, per kept layer. Because the order is shared by all tiers, a tier below keeps prefixes of the tier above,
+and "nested" is the comparison of counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from eopc_compiler.config import LayerDims, LlamaConfig
+from eopc_runtime.energy import TierCost
+from eopc_runtime.errors import ModelError
+
+MASK_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class UnitOrder:
+    """One source layer's units, most important first: original indices of KV groups and of FFN channels."""
+
+    kv_groups: tuple[int, ...]
+    ffn_channels: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """What a tier keeps: for each kept layer its source index, and how long a prefix of each unit order."""
+
+    layers: tuple[LayerDims, ...]
+
+    def nested_in(self, above: Mask) -> bool:
+        """Whether every layer, group and channel kept here is kept by `above`."""
+        upper = {d.source_layer: d for d in above.layers}
+        return all(
+            (u := upper.get(d.source_layer)) is not None
+            and d.num_key_value_heads <= u.num_key_value_heads
+            and d.intermediate_size <= u.intermediate_size
+            for d in self.layers
+        )
+
+
+def full_mask(config: LlamaConfig) -> Mask:
+    """The mask of t0: everything."""
+    return Mask(config.layers)
+
+
+def tier_config(config: LlamaConfig, mask: Mask) -> LlamaConfig:
+    """The config of the sliced model."""
+    return replace(config, layers=mask.layers)
+
+
+def keep_shares(config: LlamaConfig, mask: Mask) -> dict[str, float]:
+    """Shares of layers, KV groups and FFN channels kept, of the whole model's."""
+
+    def total(layers: Sequence[LayerDims], field: str) -> int:
+        return sum(getattr(d, field) for d in layers)
+
+    return {
+        "layers": len(mask.layers) / len(config.layers),
+        "kv_groups": total(mask.layers, "num_key_value_heads") / total(config.layers, "num_key_value_heads"),
+        "ffn": total(mask.layers, "intermediate_size") / total(config.layers, "intermediate_size"),
+    }
+
+
+def matrix_shapes(config: LlamaConfig, dims: LayerDims) -> dict[str, tuple[int, int]]:
+    """[in, out] of the four deployment-form matrices of a layer."""
+    q = dims.num_key_value_heads * config.query_group_size * config.head_dim
+    kv = dims.num_key_value_heads * config.head_dim
+    return {
+        "self_attn.qkv_proj": (config.hidden_size, q + 2 * kv),
+        "self_attn.o_proj": (q, config.hidden_size),
+        "mlp.gate_up_proj": (config.hidden_size, 2 * dims.intermediate_size),
+        "mlp.down_proj": (dims.intermediate_size, config.hidden_size),
+    }
+
+
+def tier_cost(config: LlamaConfig, mask: Mask, bytes_per_weight: float, cache_bytes: int) -> TierCost:
+    """Count what a tier costs: bytes read per decode step, bytes of cache per token, FLOPs.
+
+    Args:
+        bytes_per_weight: stored bytes per matrix element, scales included.
+        cache_bytes: bytes per cache element.
+    """
+    shapes = [matrix_shapes(config, d).values() for d in mask.layers]
+    matrices = sum(k * n for layer in shapes for k, n in layer)
+    head = config.hidden_size * config.vocab_size
+    kv_heads = sum(d.num_key_value_heads for d in mask.layers)
+    return TierCost(
+        layers=len(mask.layers),
+        weight_bytes=round((matrices + head) * bytes_per_weight),
+        kv_bytes_per_token=2 * kv_heads * config.head_dim * cache_bytes,
+        flops_per_token=2.0 * matrices,
+        head_flops=2.0 * head,
+        attn_flops_per_context=4.0 * config.head_dim * kv_heads * config.query_group_size,
+    )
+
+
+def parameter_count(config: LlamaConfig, mask: Mask) -> int:
+    """Parameters of the sliced model, a tied embedding counted once."""
+    return tier_config(config, mask).param_count
+
+
+def mask_to_json(tier: str, mask: Mask, orders: Sequence[UnitOrder]) -> dict[str, Any]:
+    """The content of mask.json: original indices of everything kept, in stored order."""
+    return {
+        "schema": MASK_SCHEMA,
+        "tier": tier,
+        "layers": [
+            {
+                "source_layer": d.source_layer,
+                "kv_groups": list(orders[d.source_layer].kv_groups[: d.num_key_value_heads]),
+                "ffn_channels": list(orders[d.source_layer].ffn_channels[: d.intermediate_size]),
+            }
+            for d in mask.layers
+        ],
+    }
+
+
+def read_masks(paths: Sequence[Path], config: LlamaConfig, align: int) -> tuple[tuple[UnitOrder, ...], tuple[Mask, ...]]:
+    """Masks given by the user, one file per tier below t0, each inside the one before.
+
+    Returns:
+        The unit orders that make every mask a prefix, and the masks.
+
+    Raises:
+        ModelError: a file is malformed, keeps what the model does not have, is not nested, or cuts FFN channels at a
+            number that is no multiple of `align`.
+    """
+    parsed = [_read_mask(path, config, align) for path in paths]
+    masks, orders = [], []
+    for path, layers in zip(paths, parsed, strict=True):
+        masks.append(Mask(tuple(LayerDims(i, len(kv), len(ffn)) for i, (kv, ffn) in sorted(layers.items()))))
+        if len(masks) > 1 and not masks[-1].nested_in(masks[-2]):
+            raise ModelError(f"{path} keeps more than the mask before it. Give masks from large to small.")
+    for source, dims in enumerate(config.layers):
+        kept = [layers[source] for layers in reversed(parsed) if source in layers]  # smallest tier first
+        groups = _chain([kv for kv, _ in kept], dims.num_key_value_heads, f"layer {source}: kv_groups")
+        channels = _chain([ffn for _, ffn in kept], dims.intermediate_size, f"layer {source}: ffn_channels")
+        orders.append(UnitOrder(groups, channels))
+    return tuple(orders), tuple(masks)
+
+
+def _chain(nested: Sequence[Sequence[int]], total: int, what: str) -> tuple[int, ...]:
+    """One order of range(total) in which every set of the growing chain is a prefix."""
+    order: list[int] = []
+    for units in nested:
+        if not set(order) <= set(units):
+            raise ModelError(f"{what}: a smaller mask keeps units that a larger one drops. Masks must be nested.")
+        order += [u for u in units if u not in set(order)]
+    return (*order, *(u for u in range(total) if u not in set(order)))
+
+
+def _read_mask(path: Path, config: LlamaConfig, align: int) -> dict[int, tuple[list[int], list[int]]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        layers = {int(e["source_layer"]): (list(e["kv_groups"]), list(e["ffn_channels"])) for e in content["layers"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} is not a mask file ({type(error).__name__}: {error}). Expected JSON with layers[]: "
+            f"{{source_layer, kv_groups, ffn_channels}}, as in a bundle's tiers/tN/mask.json."
+        ) from error
+    if content.get("schema", MASK_SCHEMA) != MASK_SCHEMA:
+        raise ModelError(f"{path} has mask schema {content['schema']}; this eopc reads schema {MASK_SCHEMA}.")
+    if not layers:
+        raise ModelError(f"{path} keeps no layer. A tier needs at least one.")
+    for source, (kv, ffn) in layers.items():
+        if not 0 <= source < len(config.layers):
+            raise ModelError(f"{path}: layer {source} does not exist; the model has {len(config.layers)} layers.")
+        dims = config.layers[source]
+        for name, units, total in (
+            ("kv_groups", kv, dims.num_key_value_heads),
+            ("ffn_channels", ffn, dims.intermediate_size),
+        ):
+            if not units or len(set(units)) != len(units) or not all(isinstance(u, int) and 0 <= u < total for u in units):
+                raise ModelError(f"{path}: layer {source}: {name} must be distinct indices in 0..{total - 1}, not empty.")
+        if len(ffn) % align:
+            raise ModelError(f"{path}: layer {source} keeps {len(ffn)} FFN channels, not a multiple of {align}.")
+    return layers

@@ -1,0 +1,330 @@
+"""The LLaMA family in one file, top-down, with Hugging Face tensor names and per-layer dimensions.
+
+Two visible entry points, both built on `Llama.forward`:
+
+* `prefill(model, ids)` runs a whole prompt into a fresh cache and returns the logits of its last position;
+* `decode(model, cache, token)` runs one token against the cache.
+
+A model is either in *checkpoint form* (q_proj, k_proj, v_proj, gate_proj, up_proj as Hugging Face stores them) or,
+after `fuse()`, in *deployment form*: qkv_proj and gate_up_proj merged, every matrix stored [in, out] so that
+the units a tier keeps are rows (o_proj, down_proj) or columns (qkv_proj, gate_up_proj), and 1/sqrt(head_dim) folded
+into the query columns. Exported graphs are always in deployment form. What differs between ONNX dialects (norm, rotary
+embedding, attention, cache write) goes through an `Ops` object; see dialects.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eopc_compiler.config import LayerDims, LlamaConfig
+from eopc_compiler.dialects import EagerOps, Ops, rotary_tables
+
+MASK_VALUE = -30000.0  # drops a position after softmax, and stays finite in fp16 when added to any score
+
+
+def prefill(model: Llama, ids: Sequence[int], capacity: int) -> tuple[Tensor, Cache]:
+    """Run a prompt into a fresh cache of `capacity` slots; return the last logits [vocab] and the cache."""
+    cache = Cache.empty(model.config, capacity, dtype=model.dtype)
+    return model.step(cache, ids)[-1], cache
+
+
+def decode(model: Llama, cache: Cache, token: int) -> Tensor:
+    """Append one token to the cache and return the logits [vocab] that follow it."""
+    return model.step(cache, [token])[-1]
+
+
+@dataclass(slots=True)
+class Cache:
+    """Keys and values of a sequence: per layer one pair [1, kv_heads, capacity, head_dim], `length` slots used."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    length: int
+
+    @classmethod
+    def empty(cls, config: LlamaConfig, capacity: int, dtype: torch.dtype) -> Cache:
+        """Allocate zeroed buffers for every layer of `config`."""
+        shapes = [(1, layer.num_key_value_heads, capacity, config.head_dim) for layer in config.layers]
+        return cls([torch.zeros(s, dtype=dtype) for s in shapes], [torch.zeros(s, dtype=dtype) for s in shapes], 0)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[2]
+
+
+class Llama(nn.Module):
+    """A decoder of the LLaMA family: LLaMA 2/3, TinyLlama, SmolLM2, Mistral, Qwen2 (q/k/v biases)."""
+
+    def __init__(self, config: LlamaConfig, ops: Ops | None = None, context: int = 2048) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, ops or EagerOps())
+        self.lm_head = Projection(config.hidden_size, config.vocab_size, bias=False)
+        cos, sin = rotary_tables(config, min(context, config.max_position_embeddings))
+        self.register_buffer("cos", cos, persistent=False)  # [context, head_dim / 2]
+        self.register_buffer("sin", sin, persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.norm.weight.dtype
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [1, S]
+        position_ids: Tensor,  # [1, S]
+        write_index: Tensor,  # [1]: first cache slot to write
+        attn_mask: Tensor,  # [1, 1, S, T], additive
+        logits_index: Tensor,  # [N]: positions in S whose logits are wanted
+        keys: list[Tensor],  # per layer [1, kv_heads, T, head_dim]
+        values: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return logits [1, N, vocab] in fp32 and the written caches."""
+        rotary = Rotary(self.get_buffer("cos"), self.get_buffer("sin"), position_ids)
+        hidden, keys, values = self.model(input_ids, rotary, write_index, attn_mask, logits_index, keys, values)
+        return self.lm_head(hidden).float(), keys, values
+
+    @torch.no_grad()
+    def step(self, cache: Cache, ids: Sequence[int]) -> Tensor:
+        """Append `ids` to the cache in place and return the logits of all of them, [len(ids), vocab]."""
+        n, start = len(ids), cache.length
+        positions = torch.arange(start, start + n)
+        mask = causal_mask(positions, cache.capacity, self.dtype)
+        logits, cache.keys, cache.values = self(
+            torch.tensor([list(ids)]),
+            positions[None],
+            torch.tensor([start]),
+            mask,
+            torch.arange(n),
+            cache.keys,
+            cache.values,
+        )
+        cache.length += n
+        return logits[0]  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor) -> Tensor:
+        """Logits [batch, S, vocab] of whole sequences [batch, S] from scratch, without a cache to keep."""
+        batch, length = tokens.shape
+        caches = [Cache.empty(self.config, length, self.dtype) for _ in range(batch)]
+        positions = torch.arange(length)
+        keys = [torch.cat([c.keys[i] for c in caches]) for i in range(len(self.config.layers))]
+        values = [torch.cat([c.values[i] for c in caches]) for i in range(len(self.config.layers))]
+        mask = causal_mask(positions, length, self.dtype)
+        zero = torch.zeros(batch, dtype=torch.long)
+        logits, _, _ = self(tokens, positions[None].expand(batch, -1), zero, mask, positions, keys, values)
+        return logits  # type: ignore[no-any-return]
+
+    def fuse(self) -> Llama:
+        """Turn checkpoint form into deployment form, in place, one layer at a time; return self."""
+        for layer in self.model.layers:
+            layer.self_attn.fuse()
+            layer.mlp.fuse()
+        self.lm_head.fuse()
+        return self
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> Llama:
+        """Fill checkpoint-form parameters from (name, tensor) pairs; a tied head may be left out."""
+        own = dict(self.named_parameters())
+        missing = set(own)
+        for name, tensor in tensors:
+            own[name].data.copy_(tensor)
+            missing.discard(name)
+        if self.config.tie_word_embeddings:
+            missing.discard("lm_head.weight")
+            self.lm_head.weight = self.model.embed_tokens.weight
+        assert not missing, f"tensors never loaded: {sorted(missing)[:3]}"
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """The rotary tables [context, head_dim / 2] and the positions [1, S] of the current tokens."""
+
+    cos: Tensor
+    sin: Tensor
+    position_ids: Tensor
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config: LlamaConfig, ops: Ops) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, dims, ops) for dims in config.layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        rotary: Rotary,
+        write_index: Tensor,
+        attn_mask: Tensor,
+        logits_index: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        x = self.embed_tokens(input_ids)  # [1, S, hidden]
+        keys, values = list(keys), list(values)
+        for i, layer in enumerate(self.layers):
+            x, keys[i], values[i] = layer(x, rotary, write_index, attn_mask, keys[i], values[i])
+        # only the wanted positions pay for the head: [S, vocab] is never held
+        return self.norm(torch.index_select(x, 1, logits_index)), keys, values
+
+
+class Block(nn.Module):
+    """One decoder layer: attention and a gated FFN, each behind a norm and a residual."""
+
+    def __init__(self, config: LlamaConfig, dims: LayerDims, ops: Ops) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.self_attn = Attention(config, dims, ops)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.mlp = FeedForward(config, dims)
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, write_index: Tensor, mask: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attended, key, value = self.self_attn(self.input_layernorm(x), rotary, write_index, mask, key, value)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), key, value
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over a cache that is written first and read whole, masked."""
+
+    def __init__(self, config: LlamaConfig, dims: LayerDims, ops: Ops) -> None:
+        super().__init__()
+        self.ops, self.head_dim = ops, config.head_dim
+        self.kv_heads = dims.num_key_value_heads
+        self.q_heads = dims.num_key_value_heads * config.query_group_size
+        q_width, kv_width = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = Projection(config.hidden_size, q_width, config.attention_bias)
+        self.k_proj = Projection(config.hidden_size, kv_width, config.attention_bias)
+        self.v_proj = Projection(config.hidden_size, kv_width, config.attention_bias)
+        self.o_proj = Projection(q_width, config.hidden_size, config.attention_out_bias)
+        self.qkv_proj: Projection | None = None
+
+    def fuse(self) -> None:
+        scale = self.head_dim**-0.5  # folded, so that attention kernels run with scale 1, their fast path
+        self.q_proj.scale(scale)
+        self.qkv_proj = Projection.merged([self.q_proj, self.k_proj, self.v_proj])
+        del self.q_proj, self.k_proj, self.v_proj
+        self.o_proj.fuse()
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, write_index: Tensor, mask: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, length, _ = x.shape
+        if self.qkv_proj is not None:
+            qkv, scale = self.qkv_proj(x), 1.0
+        else:
+            qkv, scale = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1), self.head_dim**-0.5
+        heads = qkv.view(batch, length, -1, self.head_dim).transpose(1, 2)  # [B, q + 2 kv heads, S, head_dim]
+        qk, v = heads.split([self.q_heads + self.kv_heads, self.kv_heads], 1)
+        qk = self.ops.rotary(qk, rotary.cos, rotary.sin, rotary.position_ids)  # queries and keys in one call
+        q, k = qk.split([self.q_heads, self.kv_heads], 1)
+        key = self.ops.write_cache(key, k, write_index)
+        value = self.ops.write_cache(value, v, write_index)
+        out = self.ops.attention(q, key, value, mask, scale)  # [B, q_heads, S, head_dim]
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1)), key, value
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate) * up)."""
+
+    def __init__(self, config: LlamaConfig, dims: LayerDims) -> None:
+        super().__init__()
+        self.width = dims.intermediate_size
+        self.gate_proj = Projection(config.hidden_size, self.width, config.mlp_bias)
+        self.up_proj = Projection(config.hidden_size, self.width, config.mlp_bias)
+        self.down_proj = Projection(self.width, config.hidden_size, config.mlp_bias)
+        self.gate_up_proj: Projection | None = None
+
+    def fuse(self) -> None:
+        self.gate_up_proj = Projection.merged([self.gate_proj, self.up_proj])
+        del self.gate_proj, self.up_proj
+        self.down_proj.fuse()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_up_proj is not None:
+            gate, up = self.gate_up_proj(x).split([self.width, self.width], -1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(gate * torch.sigmoid(gate) * up)  # type: ignore[no-any-return]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension."""
+
+    def __init__(self, width: int, eps: float, ops: Ops) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width), requires_grad=False)
+        self.eps, self.ops = eps, ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+
+class Projection(nn.Module):
+    """A linear map stored [out, in] as checkpoints do, or [in, out] once fused."""
+
+    def __init__(self, fan_in: int, fan_out: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(fan_out, fan_in), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(fan_out), requires_grad=False) if bias else None
+        self.transposed = False
+
+    @classmethod
+    def merged(cls, parts: Sequence[Projection]) -> Projection:
+        """One fused projection whose output is the parts' outputs side by side."""
+        whole = cls(0, 0, bias=False)
+        whole.weight = nn.Parameter(torch.cat([p.weight.data for p in parts]).t().contiguous(), requires_grad=False)
+        if parts[0].bias is not None:
+            biases = [p.bias.data for p in parts if p.bias is not None]
+            whole.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        whole.transposed = True
+        return whole
+
+    def fuse(self) -> None:
+        # a new parameter: a head tied to the embedding must not transpose the embedding with it
+        self.weight = nn.Parameter(self.weight.data.t().contiguous(), requires_grad=False)
+        self.transposed = True
+
+    def scale(self, factor: float) -> None:
+        self.weight.data.mul_(factor)
+        if self.bias is not None:
+            self.bias.data.mul_(factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.transposed:
+            return F.linear(x, self.weight, self.bias)
+        y = torch.matmul(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+def causal_mask(positions: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask [1, 1, S, capacity]: a token at position p sees cache slots 0..p."""
+    visible = torch.arange(capacity)[None, :] <= positions[:, None]
+    return torch.where(visible, 0.0, MASK_VALUE).to(dtype)[None, None]
+
+
+def build_model(config: LlamaConfig, tensors: Mapping[str, Tensor], context: int = 2048) -> Llama:
+    """An eager fp32 model in checkpoint form that *shares* the given tensors (no copy)."""
+    with torch.device("meta"):
+        model = Llama(config, context=context)
+    for name, parameter in list(model.named_parameters()):
+        source = tensors.get(name)
+        if source is None and name == "lm_head.weight":
+            source = tensors["model.embed_tokens.weight"]
+        assert source is not None and source.shape == parameter.shape, f"{name}: {source is not None and source.shape}"
+        owner = model.get_submodule(name.rpartition(".")[0])
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(source, requires_grad=False))
+    cos, sin = rotary_tables(config, min(context, config.max_position_embeddings))
+    model.cos, model.sin = cos, sin
+    return model.eval()

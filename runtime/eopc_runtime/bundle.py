@@ -1,0 +1,386 @@
+"""The bundle: a directory of ONNX tiers and their prices, opened only if it is what its manifest says.
+
+This module defines the format (schema 1 of `manifest.json`); the compiler writes what is read here. Reading
+is strict: unknown keys, wrong types, a ladder that does not nest, a path that leaves the bundle and a file
+that differs from its recorded size or sha256 are errors, each naming the file or key and what to do. Files
+that the manifest does not list (engines built on the board, a report) are left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from eopc_runtime.energy import ENERGY_SOURCES, EnergyTable, TierCost
+from eopc_runtime.errors import BundleError
+from eopc_runtime.jsonfields import Fields, did_you_mean, plain, read_json
+from eopc_runtime.profiles import COMPUTE_DTYPES, DIALECTS, PRECISIONS
+
+MANIFEST_SCHEMA = 1
+MANIFEST_NAME = "manifest.json"
+ENERGY_NAME = "energy.json"
+KEEP_SHARES = ("layers", "kv_groups", "ffn")
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened bundle: its directory, manifest and energy table."""
+
+    root: Path
+    manifest: Manifest
+    energy: EnergyTable
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = True) -> Bundle:
+        """Open a bundle directory; BundleError says what is wrong with it and how to mend it.
+
+        Every listed file must be there with its recorded size; `verify` also compares its sha256.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            what = "is a file, not a directory" if root.exists() else "does not exist"
+            raise BundleError(f"The bundle {root} {what}. Give the directory that `eopc build -o` wrote.")
+        if not (root / MANIFEST_NAME).is_file():
+            raise BundleError(
+                f"{root} has no {MANIFEST_NAME}, so it is no bundle. Build one with `eopc build`."
+            )
+        manifest = Manifest.from_json(read_json(root / MANIFEST_NAME, MANIFEST_NAME, BundleError))
+        for entry in manifest.files:
+            check_file(root, entry, verify)
+        energy = EnergyTable.from_json(read_json(root / ENERGY_NAME, ENERGY_NAME, BundleError))
+        if (priced := [t.tier for t in energy.tiers]) != [t.tier for t in manifest.tiers]:
+            raise BundleError(
+                f"{ENERGY_NAME} prices {', '.join(priced)}, but the manifest has "
+                f"{', '.join(t.tier for t in manifest.tiers)}. Build or calibrate the bundle again."
+            )
+        return cls(root, manifest, energy)
+
+    def tier_index(self, name: str) -> int:
+        """Return the position of a tier in the ladder; BundleError names the nearest tier."""
+        names = [tier.tier for tier in self.manifest.tiers]
+        if name not in names:
+            near = did_you_mean(name, names)
+            raise BundleError(f'The bundle has no tier "{name}". It has {", ".join(names)}.{near}')
+        return names.index(name)
+
+    def tier(self, name: str) -> TierInfo:
+        """Return a tier by name; BundleError names the nearest tier."""
+        return self.manifest.tiers[self.tier_index(name)]
+
+    def path(self, relative: str) -> Path:
+        """Return the path of a file of the bundle; BundleError if it leads outside."""
+        return inside(self.root, relative)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of manifest.json, schema 1."""
+
+    eopc_version: str
+    model: ModelInfo
+    device: str
+    dialect: str
+    opset: int
+    precision: str
+    compute_dtype: str
+    workload: Workload
+    context: int
+    tiers: tuple[TierInfo, ...]
+    files: tuple[FileEntry, ...]
+    tools: Mapping[str, str]
+    seed: int
+    calibration: Mapping[str, object]
+
+    def to_json(self) -> dict[str, object]:
+        """Return the content of manifest.json; `from_json` gives the same manifest back."""
+        return plain({"schema": MANIFEST_SCHEMA, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, obj: object) -> Manifest:
+        """Read a manifest strictly and check that it is consistent; raises BundleError."""
+        fields = Fields(obj, MANIFEST_NAME, BundleError)
+        _check_schema(fields)
+        manifest = cls(
+            eopc_version=fields.text("eopc_version"),
+            model=ModelInfo.from_fields(fields.child("model")),
+            device=fields.text("device"),
+            dialect=fields.text("dialect", choices=DIALECTS),
+            opset=fields.integer("opset", minimum=1),
+            precision=fields.text("precision", choices=PRECISIONS),
+            compute_dtype=fields.text("compute_dtype", choices=COMPUTE_DTYPES),
+            workload=Workload.from_fields(fields.child("workload")),
+            context=fields.integer("context", minimum=1),
+            tiers=tuple(TierInfo.from_fields(child) for child in fields.children("tiers")),
+            files=tuple(FileEntry.from_fields(child) for child in fields.children("files")),
+            tools=fields.texts_by_name("tools"),
+            seed=fields.integer("seed"),
+            calibration=fields.mapping("calibration"),
+        )
+        fields.done()
+        check_ladder(manifest.tiers, manifest.model.num_hidden_layers)
+        _check_files(manifest)
+        return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The dense model a bundle was built from."""
+
+    name: str
+    source: str
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    head_dim: int
+    num_hidden_layers: int
+    max_position_embeddings: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> ModelInfo:
+        """Read the model record strictly."""
+        info = cls(
+            name=fields.text("name"),
+            source=fields.text("source"),
+            model_type=fields.text("model_type"),
+            vocab_size=fields.integer("vocab_size", minimum=1),
+            hidden_size=fields.integer("hidden_size", minimum=1),
+            head_dim=fields.integer("head_dim", minimum=1),
+            num_hidden_layers=fields.integer("num_hidden_layers", minimum=1),
+            max_position_embeddings=fields.integer("max_position_embeddings", minimum=1),
+            bos_token_id=fields.integer_or_none("bos_token_id", minimum=0),
+            eos_token_ids=fields.integers("eos_token_ids"),
+        )
+        fields.done()
+        return info
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The sequence the budgets were planned for."""
+
+    prompt_tokens: int
+    new_tokens: int
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> Workload:
+        """Read the workload record strictly."""
+        workload = cls(fields.integer("prompt_tokens", minimum=1), fields.integer("new_tokens", minimum=1))
+        fields.done()
+        return workload
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """What a tier keeps of one layer: the first kv_heads KV groups and the first ffn units of that layer."""
+
+    source_layer: int
+    kv_heads: int
+    ffn: int
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> LayerInfo:
+        """Read a layer record strictly."""
+        layer = cls(
+            fields.integer("source_layer", minimum=0),
+            fields.integer("kv_heads", minimum=0),
+            fields.integer("ffn", minimum=0),
+        )
+        fields.done()
+        return layer
+
+
+@dataclass(frozen=True, slots=True)
+class TierInfo:
+    """One rung of the ladder; `keep` are shares of layers, KV groups and FFN units kept, 0 to 1."""
+
+    tier: str
+    budget_j: float | None
+    energy_j: float
+    energy_source: str
+    perplexity: float | None
+    perplexity_dense: float | None
+    perplexity_by_domain: Mapping[str, float]
+    params: int
+    keep: Mapping[str, float]
+    layers: tuple[LayerInfo, ...]
+    cost: TierCost
+    graph: str
+    mask: str
+    note: str
+    parity: Mapping[str, object]
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> TierInfo:
+        """Read a tier record strictly."""
+        tier = cls(
+            tier=fields.text("tier"),
+            budget_j=fields.number_or_none("budget_j", minimum=0),
+            energy_j=fields.number("energy_j", minimum=0),
+            energy_source=fields.text("energy_source", choices=ENERGY_SOURCES),
+            perplexity=fields.number_or_none("perplexity", minimum=0),
+            perplexity_dense=fields.number_or_none("perplexity_dense", minimum=0),
+            perplexity_by_domain=fields.numbers_by_name("perplexity_by_domain"),
+            params=fields.integer("params", minimum=1),
+            keep=_read_keep(fields.child("keep")),
+            layers=tuple(LayerInfo.from_fields(child) for child in fields.children("layers")),
+            cost=TierCost.from_fields(fields.child("cost")),
+            graph=fields.text("graph"),
+            mask=fields.text("mask"),
+            note=fields.text("note"),
+            parity=fields.mapping("parity"),
+        )
+        fields.done()
+        return tier
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of the bundle, by path relative to it, with its sha256 and size."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> FileEntry:
+        """Read a file record strictly."""
+        entry = cls(fields.text("path"), fields.text("sha256"), fields.integer("bytes", minimum=0))
+        fields.done()
+        return entry
+
+
+def check_ladder(tiers: tuple[TierInfo, ...], num_hidden_layers: int) -> None:
+    """Raise BundleError unless tiers are t0, t1, ... and each keeps a subset of what the tier above keeps."""
+    if not tiers:
+        raise BundleError(f"{MANIFEST_NAME} has no tier. Build the bundle again.")
+    for i, tier in enumerate(tiers):
+        if tier.tier != f"t{i}":
+            raise BundleError(
+                f"{MANIFEST_NAME} has the tier {tier.tier} where t{i} belongs. Build the bundle again."
+            )
+        indexes = [layer.source_layer for layer in tier.layers]
+        if not indexes or indexes != sorted(set(indexes)) or indexes[-1] >= num_hidden_layers:
+            raise BundleError(
+                f"{MANIFEST_NAME}: the layers of {tier.tier} must be rising numbers below "
+                f"{num_hidden_layers}, not {indexes}. Build the bundle again."
+            )
+        if i:
+            _check_nested(tiers[i - 1], tier)
+
+
+def inside(root: Path, relative: str) -> Path:
+    """Return root / relative; BundleError if the path is absolute, climbs out, or links out of root."""
+    pure = PurePosixPath(relative)
+    foreign = "\\" in relative or PureWindowsPath(relative).drive or "\0" in relative
+    if not relative or pure.is_absolute() or ".." in pure.parts or foreign or pure == PurePosixPath("."):
+        raise BundleError(
+            f'{MANIFEST_NAME} names the path "{relative}", which is not inside the bundle. Paths are '
+            f"relative and use forward slashes; build the bundle again."
+        )
+    path = root / pure
+    try:
+        leads_out = not path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # a link that leads to itself
+        leads_out = True
+    if leads_out:
+        raise BundleError(
+            f"{relative} is a link that leads out of the bundle {root}. Copy the bundle with its files, "
+            f"not links."
+        )
+    return path
+
+
+def check_file(root: Path, entry: FileEntry, verify: bool) -> None:
+    """Raise BundleError unless the file is there with its recorded size and, with `verify`, its sha256."""
+    path = inside(root, entry.path)
+    if not path.is_file():
+        raise BundleError(
+            f"{entry.path} is missing from the bundle {root}. Copy the bundle again, or rebuild it."
+        )
+    if (size := path.stat().st_size) != entry.bytes:
+        raise BundleError(
+            f"{entry.path} has {size} bytes, but the manifest says {entry.bytes}: the bundle {root} is "
+            f"incomplete or was changed. Copy it again, or rebuild it."
+        )
+    if verify and sha256_file(path) != entry.sha256:
+        raise BundleError(
+            f"{entry.path} does not match its sha256 in the manifest: the bundle {root} is damaged or was "
+            f"changed. Copy it again, or rebuild it."
+        )
+
+
+def file_entry(root: Path, relative: str) -> FileEntry:
+    """Return the manifest entry of a file under root."""
+    path = inside(root, relative)
+    return FileEntry(PurePosixPath(relative).as_posix(), sha256_file(path), path.stat().st_size)
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file as hex, read in chunks of 1 MiB."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as e:
+        raise BundleError(f"{path} cannot be read ({e.strerror}). Check its permissions.") from None
+    return digest.hexdigest()
+
+
+def _check_schema(fields: Fields) -> None:
+    if "schema" not in fields:
+        fields.fail(
+            'it has no "schema" number, so it is not the manifest of a bundle. Build one with `eopc build`.'
+        )
+    schema = fields.integer("schema", minimum=1)
+    if schema > MANIFEST_SCHEMA:
+        fields.fail(
+            f"schema {schema} was written by a newer eopc (this one reads schema {MANIFEST_SCHEMA}); "
+            f"upgrade eopc."
+        )
+
+
+def _read_keep(fields: Fields) -> dict[str, float]:
+    keep = {name: fields.number(name, minimum=0) for name in KEEP_SHARES}
+    fields.done()
+    for name, share in keep.items():
+        if share > 1:
+            fields.fail(f'"{name}" is {share}, but a share kept lies between 0 and 1.')
+    return keep
+
+
+def _check_nested(above: TierInfo, tier: TierInfo) -> None:
+    """Refuse a tier whose restricted KV cache of `above` would be no valid cache."""
+    kept = {layer.source_layer: layer for layer in above.layers}
+    for layer in tier.layers:
+        where = f"{MANIFEST_NAME}: layer {layer.source_layer} of {tier.tier}"
+        old = kept.get(layer.source_layer)
+        if old is None:
+            raise BundleError(
+                f"{where} is not kept by {above.tier}, but tiers must nest. Build the bundle again."
+            )
+        if layer.kv_heads > old.kv_heads or layer.ffn > old.ffn:
+            raise BundleError(
+                f"{where} keeps {layer.kv_heads} KV heads and {layer.ffn} FFN units, more than {above.tier} "
+                f"({old.kv_heads} and {old.ffn}), but tiers must nest. Build the bundle again."
+            )
+
+
+def _check_files(manifest: Manifest) -> None:
+    """Every file the manifest relies on is listed once."""
+    paths = [entry.path for entry in manifest.files]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise BundleError(f"{MANIFEST_NAME} lists {path} twice. Build the bundle again.")
+    needed = [ENERGY_NAME, *(p for tier in manifest.tiers for p in (tier.graph, tier.mask))]
+    for path in needed:
+        if path not in paths:
+            near = did_you_mean(path, paths)
+            raise BundleError(
+                f"{MANIFEST_NAME} uses {path} but does not list it in files.{near} Build it again."
+            )

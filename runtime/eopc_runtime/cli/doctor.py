@@ -1,0 +1,245 @@
+"""`eopc doctor`: what this machine has and lacks, each gap with its fix."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from eopc_runtime.cli.machine import (
+    board_model,
+    cpu_model,
+    installed,
+    memory_bytes,
+    read_text,
+    usable_cores,
+    versions,
+)
+from eopc_runtime.cli.output import format_bytes, print_json
+
+_GPU_TIMEOUT_S = 30
+
+# Runs in a child: a driver that hangs or crashes then costs a line in the report, not the report.
+_GPU_PROBE = """
+import ctypes, json
+cuda = ctypes.CDLL("libcuda.so.1")
+code = cuda.cuInit(0)
+out = {"init": code, "devices": []}
+version, count = ctypes.c_int(), ctypes.c_int()
+if code == 0:
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    cuda.cuDeviceGetCount(ctypes.byref(count))
+out["driver"] = f"{version.value // 1000}.{version.value % 1000 // 10}"
+for i in range(count.value):
+    device, name, size = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    cuda.cuDeviceGet(ctypes.byref(device), i)
+    cuda.cuDeviceGetName(name, 256, device)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+    sm = f"{major.value}.{minor.value}"
+    out["devices"].append({"name": name.value.decode(), "sm": sm, "memory_bytes": size.value})
+print(json.dumps(out))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the report: what was looked for, what was found (None: nothing), and how to get it."""
+
+    name: str
+    found: str | None
+    fix: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sensor:
+    """A power or energy sensor in sysfs."""
+
+    kind: str  # ina3221, ina238, ..., rapl
+    rail: str
+    path: str
+    readable: bool
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> None:
+    """Report what this machine has and lacks to build, run and measure, with the fix for each gap."""
+    root = Path("/")
+    sensors = power_sensors(root)
+    checks = [
+        *software_checks(),
+        gpu_check(),
+        nvpmodel_check(root),
+        sensor_check(sensors),
+        *capacity_checks(root),
+    ]
+    if as_json:
+        print_json({"checks": [asdict(check) for check in checks], "sensors": [asdict(s) for s in sensors]})
+        return
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        click.echo(f"{check.name.ljust(width)}  {check.found or 'not found'}")
+        if check.fix:
+            click.echo(f"{' ' * width}  -> {check.fix}")
+
+
+def software_checks() -> list[Check]:
+    """Return what is installed, read from package metadata: nothing is imported."""
+    known = versions()
+    runtime = known["onnxruntime"]
+    return [
+        Check("eopc", known["eopc"]),
+        Check(
+            "python",
+            known["python"],
+            None if sys.version_info >= (3, 10) else "Install Python 3.10 or newer.",
+        ),
+        Check("onnxruntime", runtime, None if runtime else 'To run bundles: pip install "eopc[ort]"'),
+        _package("torch", "To build bundles (not needed to run them)", "compiler", "torch"),
+        Check("tensorrt", *_tensorrt()),
+        _package(
+            "tensorrt_rtx",
+            "For engines on RTX targets",
+            "tensorrt-rtx",
+            "tensorrt-rtx",
+            "tensorrt-rtx-cu13-bindings",
+        ),
+    ]
+
+
+def gpu_check(probe: Callable[[], str] | None = None) -> Check:
+    """Return the CUDA devices the driver reports (cuInit, in a child process)."""
+    fix = "No CUDA driver answers. The CPU runs bundles; for TensorRT install NVIDIA's driver (or JetPack)."
+    try:
+        report = json.loads((probe or _probe_gpu)())
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return Check("gpu", None, fix)
+    if report["init"] != 0 or not report["devices"]:
+        return Check("gpu", None, f"{fix} (cuInit returned {report['init']})")
+    names = [
+        f"{device['name']} (sm {device['sm']}, {format_bytes(device['memory_bytes'])})"
+        for device in report["devices"]
+    ]
+    return Check("gpu", f"{', '.join(names)}, driver for CUDA {report['driver']}")
+
+
+def nvpmodel_check(root: Path) -> Check:
+    """Return the Jetson power mode, by the name nvpmodel.conf gives the active id (ids differ by board)."""
+    conf, status = read_text(root / "etc/nvpmodel.conf"), read_text(root / "var/lib/nvpmodel/status")
+    if conf is None:
+        jetson = "nvidia" in (board_model(root) or "").lower() or (root / "etc/nv_tegra_release").exists()
+        if jetson:
+            return Check("nvpmodel", None, "Run: sudo apt install nvidia-l4t-nvpmodel")
+        return Check("nvpmodel", "not needed, this is no Jetson")
+    modes = {int(i): name for i, name in re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", conf)}
+    active = re.search(r"pmode:(\d+)", status or "")
+    if active is None:
+        return Check(
+            "nvpmodel",
+            f"modes {', '.join(modes.values())}",
+            "The active mode is unknown; run: sudo nvpmodel -q",
+        )
+    return Check(
+        "nvpmodel", f"{modes.get(int(active[1]), 'id ' + active[1])} (of {', '.join(modes.values())})"
+    )
+
+
+def sensor_check(sensors: list[Sensor]) -> Check:
+    """Return the power sensors; without a readable one, joules are estimates."""
+    if not sensors:
+        return Check(
+            "power sensors", None, "None in sysfs. Joules stay `prior` or `proxy`; they rank tiers, no more."
+        )
+    found = ", ".join(f"{s.kind} {s.rail}{'' if s.readable else ' (not readable)'}" for s in sensors)
+    locked = [s.path for s in sensors if not s.readable]
+    return Check("power sensors", found, f"Run: sudo chmod a+r {' '.join(locked)}" if locked else None)
+
+
+def capacity_checks(root: Path) -> list[Check]:
+    """Return board, CPU, memory and free disk."""
+    memory = memory_bytes(root)
+    total, free = memory["MemTotal"], memory["MemAvailable"]
+    disk = shutil.disk_usage(Path.cwd())
+    low = free is not None and free < 1 << 30
+    return [
+        Check("cpu", f"{board_model(root) or cpu_model(root)}, {usable_cores()} cores"),
+        Check(
+            "memory",
+            None if total is None or free is None else f"{format_bytes(free)} free of {format_bytes(total)}",
+            "Under 1 GiB is free; close programs or choose a lower tier." if low else None,
+        ),
+        Check(
+            "disk",
+            f"{format_bytes(disk.free)} free of {format_bytes(disk.total)} here",
+            "Under 2 GiB is free; a bundle takes about as much as its dense model."
+            if disk.free < 2 << 30
+            else None,
+        ),
+    ]
+
+
+def power_sensors(root: Path) -> list[Sensor]:
+    """Return INA rails and RAPL packages under `root`/sys, by label: hwmon numbers move between boots."""
+    return [*_ina_sensors(root / "sys/class/hwmon"), *_rapl_sensors(root / "sys/class/powercap")]
+
+
+def _ina_sensors(folder: Path) -> list[Sensor]:
+    found = []
+    for chip in sorted(folder.glob("hwmon*")):
+        kind = (read_text(chip / "name") or "").strip()
+        if not kind.startswith("ina"):
+            continue
+        # channels 4 to 7 of an INA3221 are shunt voltages and their sum, which have no current: not rails
+        for current in sorted(chip.glob("curr*_input")):
+            label_file = chip / current.name.replace("curr", "in").replace("_input", "_label")
+            label = (read_text(label_file) or read_text(chip / "label") or "").strip()
+            if label and label != "NC":
+                found.append(Sensor(kind, label, str(current), os.access(current, os.R_OK)))
+        found += [
+            Sensor(kind, power.name.removesuffix("_input"), str(power), os.access(power, os.R_OK))
+            for power in sorted(chip.glob("power*_input"))
+        ]
+    return found
+
+
+def _rapl_sensors(folder: Path) -> list[Sensor]:
+    """Packages only: a core domain lies inside its package and must not be added to it."""
+    found = []
+    for domain in sorted(folder.glob("intel-rapl:*")):
+        name, counter = (read_text(domain / "name") or "").strip(), domain / "energy_uj"
+        if name.startswith("package") and counter.exists():
+            found.append(Sensor("rapl", name, str(counter), os.access(counter, os.R_OK)))
+    return found
+
+
+def _package(name: str, purpose: str, extra: str, *distributions: str) -> Check:
+    version = installed(*distributions)
+    return Check(name, version, None if version else f'{purpose}: pip install "eopc[{extra}]"')
+
+
+def _tensorrt() -> tuple[str | None, str | None]:
+    version = installed("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+    if version:
+        return version, None
+    return None, (
+        "On Jetson it comes with JetPack (sudo apt install nvidia-jetpack; make the venv with "
+        '--system-site-packages). Elsewhere: pip install "eopc[tensorrt]"'
+    )
+
+
+def _probe_gpu() -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", _GPU_PROBE], capture_output=True, text=True, timeout=_GPU_TIMEOUT_S, check=True
+    )
+    return done.stdout

@@ -1,0 +1,108 @@
+"""`eopc inspect`: what is in a bundle, and whether its files are what the manifest says."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from eopc_runtime.cli.output import format_bytes, print_json, print_table
+
+if TYPE_CHECKING:
+    from eopc_runtime.bundle import Bundle, TierInfo
+
+
+@click.command()
+@click.argument("path", metavar="BUNDLE", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(path: str, as_json: bool) -> None:
+    """Show the tiers and files of BUNDLE, and verify every file's size and sha256.
+
+    Exits with 1 and the reason when a file is missing or damaged.
+    """
+    from eopc_runtime.bundle import Bundle
+
+    bundle = Bundle.open(path, verify=True)
+    if as_json:
+        print_json(describe(bundle))
+    else:
+        _print(bundle)
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """Return the JSON object of `eopc inspect --json`; the bundle was verified when it was opened."""
+    manifest = bundle.manifest
+    prices = {tier.tier: asdict(tier) for tier in bundle.energy.tiers}
+    return {
+        "bundle": str(bundle.root),
+        "ok": True,
+        "model": asdict(manifest.model),
+        "device": manifest.device,
+        "dialect": manifest.dialect,
+        "opset": manifest.opset,
+        "precision": manifest.precision,
+        "compute_dtype": manifest.compute_dtype,
+        "context": manifest.context,
+        "workload": asdict(manifest.workload),
+        "energy": {
+            "device": bundle.energy.device,
+            "source": bundle.energy.source,
+            "margin": bundle.energy.margin,
+        },
+        "tiers": [{**asdict(tier), "prices": prices[tier.tier]} for tier in manifest.tiers],
+        "files": [asdict(entry) for entry in manifest.files],
+        "eopc_version": manifest.eopc_version,
+        "tools": dict(manifest.tools),
+        "seed": manifest.seed,
+        "calibration": dict(manifest.calibration),
+    }
+
+
+def _print(bundle: Bundle) -> None:
+    from eopc_runtime.units import format_energy
+
+    manifest, energy = bundle.manifest, bundle.energy
+    work = manifest.workload
+    click.echo(f"{manifest.model.name} ({manifest.model.model_type}) for {manifest.device}")
+    click.echo(
+        f"{manifest.precision} weights, {manifest.compute_dtype} compute, {manifest.dialect} graphs, "
+        f"context {manifest.context}"
+    )
+    click.echo(
+        f"planned for {work.prompt_tokens} + {work.new_tokens} tokens; energy is {energy.source}, "
+        f"prices include a margin of {energy.margin:.0%}"
+    )
+    click.echo()
+    print_table(
+        ("tier", "budget", "energy", "source", "perplexity", "params", "layers", "kv", "ffn"),
+        [
+            (
+                tier.tier,
+                "-" if tier.budget_j is None else format_energy(tier.budget_j),
+                format_energy(tier.energy_j),
+                tier.energy_source,
+                _perplexity(tier),
+                f"{tier.params / 1e6:.1f} M",
+                *(f"{tier.keep[part]:.0%}" for part in ("layers", "kv_groups", "ffn")),
+            )
+            for tier in manifest.tiers
+        ],
+    )
+    for tier in manifest.tiers:
+        if tier.note:
+            click.echo(f"{tier.tier}: {tier.note}")
+    click.echo()
+    print_table(
+        ("file", "size", "sha256"), [(f.path, format_bytes(f.bytes), f.sha256[:12]) for f in manifest.files]
+    )
+    total = sum(entry.bytes for entry in manifest.files)
+    click.echo(f"{len(manifest.files)} files, {format_bytes(total)}, all verified")
+
+
+def _perplexity(tier: TierInfo) -> str:
+    """Return the perplexity, beside the dense model's where both are known."""
+    if tier.perplexity is None:
+        return "-"
+    dense = "" if tier.perplexity_dense is None else f" (dense {tier.perplexity_dense:.2f})"
+    return f"{tier.perplexity:.2f}{dense}"

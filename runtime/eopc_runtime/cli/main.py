@@ -1,0 +1,142 @@
+"""The command group: a table of commands whose modules are imported only when one of them runs.
+
+`eopc --help` reads the table and nothing else, so it is fast, and works where only the runtime is installed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from eopc_runtime import __version__
+from eopc_runtime.errors import EopcError, MissingExtraError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells expect
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a command lives, and its line in the help."""
+
+    module: str
+    attribute: str
+    help: str
+
+
+COMMANDS = {
+    "build": Entry(
+        "eopc_compiler.cli.build", "build", "Compile a model into a ladder of tiers for a device."
+    ),
+    "run": Entry("eopc_runtime.cli.run", "run", "Generate text within a joule budget."),
+    "inspect": Entry("eopc_runtime.cli.inspect", "inspect", "Show what is in a bundle, and verify it."),
+    "eval": Entry("eopc_runtime.cli.evaluate", "evaluate", "Measure the perplexity of a bundle's tiers."),
+    "bench": Entry("eopc_runtime.cli.bench", "bench", "Measure the speed and memory of a bundle's tiers."),
+    "devices": Entry("eopc_runtime.cli.devices", "devices", "List the device profiles and their constants."),
+    "doctor": Entry(
+        "eopc_runtime.cli.doctor", "doctor", "Report what this machine has and lacks, with fixes."
+    ),
+}
+
+# Packages that are not in the base install, and the extra that brings each.
+EXTRAS = {
+    **dict.fromkeys(("onnxruntime",), "ort"),
+    **dict.fromkeys(
+        ("torch", "transformers", "safetensors", "huggingface_hub", "onnx", "onnxscript", "onnx_ir", "gguf"),
+        "compiler",
+    ),
+    **dict.fromkeys(("accelerate", "eopc_compiler"), "compiler"),
+    **dict.fromkeys(("tensorrt", "polygraphy"), "tensorrt"),
+}
+
+
+class CommandError(click.ClickException):
+    """An EopcError on its way to the terminal: `Error: ...` on stderr, exit code 1."""
+
+    exit_code = 1
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands from COMMANDS, and turns our errors into messages."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one command; CommandError names the extra when a package is missing."""
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        try:
+            command = getattr(importlib.import_module(entry.module), entry.attribute)
+        except ModuleNotFoundError as error:
+            raise _missing(cmd_name, error) from error
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{entry.module}.{entry.attribute} is not a click command")
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or fail with the nearest name there is."""
+        name = args[0] if args else ""
+        if name and name not in COMMANDS and not name.startswith("-"):
+            near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Commands: {', '.join(COMMANDS)}."
+            ctx.fail(f"No such command {name!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands from the table, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; user mistakes become one message, Ctrl-C becomes one line."""
+        try:
+            return super().invoke(ctx)
+        except EopcError as error:
+            raise CommandError(str(error)) from error
+        except ModuleNotFoundError as error:
+            raise _missing(ctx.invoked_subcommand or "this command", error) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="eopc")
+def cli() -> None:
+    """Compile LLaMA-family language models for a device, and run them within a joule budget.
+
+    Every energy takes a unit: 5J, 500mJ, 0.2Wh. Exit codes: 0 done, 1 the request cannot be met, 2 wrong
+    usage.
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `eopc` with the given arguments (default: the command line) and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows marks, not a traceback
+    try:
+        cli.main(args=None if argv is None else list(argv), prog_name="eopc")
+    except KeyboardInterrupt:  # before or after the group's own handler
+        click.echo("Interrupted.", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def _missing(command: str, error: ModuleNotFoundError) -> CommandError:
+    """Return the message for a package that is not installed; a bug of ours stays a traceback."""
+    package = (error.name or "").partition(".")[0]
+    extra = EXTRAS.get(package)
+    if extra is None:
+        raise error
+    return CommandError(str(MissingExtraError(f"`eopc {command}`", package, extra)))

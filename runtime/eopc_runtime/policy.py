@@ -1,0 +1,108 @@
+"""Which tiers run a request under a budget: a pure decision on the prices of the energy table.
+
+A plan is a pair, a prefill tier and a decode tier at or below it. The prompt is cheap beside the answer, so
+a good prefill with a cheap decode costs about as much as the cheap tier alone and answers better; that is
+why the pair is priced phase by phase.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from eopc_runtime.energy import EnergyTable
+from eopc_runtime.errors import BudgetError, UsageError
+from eopc_runtime.ledger import ROUNDING
+from eopc_runtime.units import format_energy
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A sequence to run: prompt length and the most new tokens wanted."""
+
+    prompt_tokens: int
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 1:
+            raise UsageError("The prompt has no token. Give a prompt with some text.")
+        if self.max_new_tokens < 1:
+            raise UsageError(f"{self.max_new_tokens} new tokens were asked for. Ask for 1 or more.")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Tier indexes of the two phases, the joules charged (with margin) and the new tokens they pay for."""
+
+    prefill: int
+    decode: int
+    energy_j: float
+    new_tokens: int
+
+    @property
+    def label(self) -> str:
+        """`t0>t2`, or `t0` when both phases run on one tier."""
+        return f"t{self.prefill}" if self.prefill == self.decode else f"t{self.prefill}>t{self.decode}"
+
+
+def pick_tier(table: EnergyTable, budget_j: float | None, request: Request) -> Plan:
+    """Return the best plan a budget affords; without a budget, t0 for the whole request.
+
+    The whole request comes first: of the plans that afford it, the highest decode tier, then the highest
+    prefill tier. If none does, the plan that affords most tokens. BudgetError names the smallest budget
+    that affords one token.
+    """
+    n, m = request.prompt_tokens, request.max_new_tokens
+    if budget_j is None:
+        return Plan(0, 0, table.plan_price_j(0, 0, n, m), m)
+    if not budget_j > 0:
+        raise BudgetError(f"The budget is {budget_j} J. Give a positive energy, for example 5J.")
+    pairs = [(prefill, decode) for decode in range(len(table.tiers)) for prefill in range(decode + 1)]
+    for prefill, decode in pairs:
+        if fits(price := table.plan_price_j(prefill, decode, n, m), budget_j):
+            return Plan(prefill, decode, price, m)
+    plans = [_longest(table, prefill, decode, budget_j, request) for prefill, decode in pairs]
+    best = max(plans, key=lambda plan: plan.new_tokens)  # the first of equals is the highest pair
+    if best.new_tokens == 0:
+        raise BudgetError(_too_small(table, budget_j, request))
+    return best
+
+
+def affordable_tokens(
+    table: EnergyTable, prefill: int, decode: int, budget_j: float, request: Request
+) -> int:
+    """Return the largest m up to the request's that the budget affords, 0 if not even one token fits."""
+    low, high = 0, request.max_new_tokens  # m = low fits, m = high + 1 does not or is not wanted
+    while low < high:  # bisection: the price rises with m, as no coefficient is negative
+        m = (low + high + 1) // 2
+        if fits(table.plan_price_j(prefill, decode, request.prompt_tokens, m), budget_j):
+            low = m
+        else:
+            high = m - 1
+    return low
+
+
+def smallest_budget_j(table: EnergyTable, request: Request) -> float:
+    """Return the smallest budget that affords one new token on any plan."""
+    n = request.prompt_tokens
+    return min(table.prefill_price_j(tier, n) for tier in range(len(table.tiers))) * (1 + 2 * ROUNDING)
+
+
+def fits(price_j: float, budget_j: float) -> bool:
+    """True if the price is within the budget, with room for the rounding of a ledger."""
+    return price_j * (1 + ROUNDING) <= budget_j
+
+
+def _longest(table: EnergyTable, prefill: int, decode: int, budget_j: float, request: Request) -> Plan:
+    m = affordable_tokens(table, prefill, decode, budget_j, request)
+    return Plan(prefill, decode, table.plan_price_j(prefill, decode, request.prompt_tokens, max(m, 1)), m)
+
+
+def _too_small(table: EnergyTable, budget_j: float, request: Request) -> str:
+    n = request.prompt_tokens
+    cheapest = min(table.tiers, key=lambda tier: tier.prefill_j(n))
+    need = format_energy(smallest_budget_j(table, request), round_up=True)
+    return (
+        f"No tier fits {format_energy(budget_j)} for {n} prompt tokens on {table.device}. The cheapest, "
+        f"{cheapest.tier}, needs {need} for the prompt and one new token ({table.source}). Raise the "
+        f"budget to {need} or more, shorten the prompt, or build a smaller tier."
+    )

@@ -1,0 +1,242 @@
+"""The ONNX Runtime runner: keys and values stay in bound buffers, and grow with the sequence, not with the context.
+
+One tier is one `InferenceSession` over the tier's model.onnx. The cache buffers are bound as input *and* output of the
+graph's in-place cache write, so a decode step copies no cache. Their capacity follows the length in steps of
+`GROWTH` slots: a step attends over what is used (rounded up), never over the whole context.
+
+Loaded tiers hold their weights packed for the CPU's kernels; ONNX Runtime cannot share packed weights between
+sessions. The pool therefore keeps tiers loaded up to a byte limit (1.4 x the largest tier by default) and lets the
+least recently used go. Loading a tier again costs a fraction of a second: the file stays in the page cache.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eopc_runtime.bundle import Bundle, LayerInfo, TierInfo
+from eopc_runtime.errors import BundleError, MissingExtraError
+from eopc_runtime.runners.base import Logits, Wanted, causal_mask, check_room
+
+GROWTH = 128  # slots a cache grows by; each growth copies the used part once
+RESIDENT_FACTOR = 1.4  # loaded weights may reach this multiple of the largest tier's
+
+
+@dataclass(slots=True)
+class OrtCache:
+    """Bound key and value buffers [1, kv_heads, capacity, head_dim], one pair per kept layer."""
+
+    tier: str
+    length: int
+    capacity: int
+    keys: list[npt.NDArray[Any]]  # onnxruntime binds the arrays' own memory
+    values: list[npt.NDArray[Any]]
+    decode_binding: Any = None  # reused from step to step while the buffers stay the same
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
+
+
+class OrtTier:
+    """One tier in ONNX Runtime on the CPU."""
+
+    def __init__(self, bundle: Bundle, info: TierInfo, threads: int | None = None, exact: bool = False) -> None:
+        ort = import_onnxruntime()
+        manifest = bundle.manifest
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads:
+            options.intra_op_num_threads = threads
+        # 8-bit products for weight-only matrices; exact keeps activations in floating point, for parity checks
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if exact else "4")
+        # graphs name weights.bin relative to the bundle, and ONNX Runtime lets no path leave the folder given here
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(bundle.root.resolve())
+        )
+        try:
+            self._session = ort.InferenceSession(
+                bundle.path(info.graph).read_bytes(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime raises many types; none means anything to a user
+            raise BundleError(
+                f"ONNX Runtime {ort.__version__} cannot load {info.graph}: {str(error).splitlines()[0][:200]} "
+                f"This graph needs opset {manifest.opset}; upgrade onnxruntime or rebuild the bundle."
+            ) from error
+        self._ort = ort
+        self.tier, self._layers, self._context = info.tier, info.layers, manifest.context
+        self._ladder = {t.tier: t.layers for t in manifest.tiers}
+        self._head_dim, self._vocab = manifest.model.head_dim, manifest.model.vocab_size
+        self._dtype = np.dtype(manifest.compute_dtype)
+        count = len(info.layers)
+        self._key_names = [f"k_cache_{i}" for i in range(count)]
+        self._value_names = [f"v_cache_{i}" for i in range(count)]
+
+    def new_cache(self) -> OrtCache:
+        """An empty cache; buffers are allocated by the first forward."""
+        return OrtCache(self.tier, 0, 0, [], [])
+
+    def forward(self, cache: OrtCache, tokens: Sequence[int], *, logits: Wanted = "last") -> Logits:
+        """See `TierRunner.forward`."""
+        if cache.tier != self.tier:
+            raise ValueError(f"a cache of {cache.tier} was given to {self.tier}; adopt() it first")
+        count = len(tokens)
+        check_room(cache.length, count, self._context)
+        self._reserve(cache, cache.length + count)
+        if count == 1 and logits == "last":
+            return self._decode(cache, tokens[0])
+        wanted = {"last": [count - 1], "all": range(count), "none": [count - 1]}[logits]
+        binding = self._session.io_binding()
+        self._bind_cache(binding, cache)
+        feeds = {
+            "input_ids": np.asarray(tokens, dtype=np.int64)[None],
+            "position_ids": np.arange(cache.length, cache.length + count, dtype=np.int64)[None],
+            "write_index": np.array([cache.length], dtype=np.int64),
+            "attn_mask": causal_mask(cache.length, count, cache.capacity, self._dtype),
+            "logits_index": np.asarray(wanted, dtype=np.int64),
+        }
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        binding.bind_output("logits")
+        self._session.run_with_iobinding(binding)
+        cache.length += count
+        outputs: list[Any] = binding.get_outputs()  # in binding order: logits last
+        return outputs[-1].numpy()[0]  # type: ignore[no-any-return]
+
+    def _decode(self, cache: OrtCache, token: int) -> Logits:
+        """One token through buffers that are bound once and updated in place."""
+        step = cache.decode_binding
+        if step is None:
+            step = cache.decode_binding = _DecodeBinding.create(self, cache)
+        step.ids[0, 0], step.positions[0, 0], step.write[0] = token, cache.length, cache.length
+        step.mask[..., : cache.length + 1] = 0.0
+        self._session.run_with_iobinding(step.binding)
+        cache.length += 1
+        return step.logits[0]  # type: ignore[no-any-return]
+
+    def adopt(self, cache: OrtCache) -> OrtCache:
+        """See `TierRunner.adopt`; copies the kept heads of the kept layers, in use only."""
+        if cache.tier == self.tier:
+            return cache
+        rows = adoption(self._ladder[cache.tier], self._layers)
+        fresh = OrtCache(self.tier, cache.length, 0, [], [])
+        self._reserve(fresh, cache.length)
+        for mine, (theirs, heads) in enumerate(rows):
+            for new, old in ((fresh.keys, cache.keys), (fresh.values, cache.values)):
+                new[mine][:, :, : cache.length] = old[theirs][:, :heads, : cache.length]
+        return fresh
+
+    def _reserve(self, cache: OrtCache, length: int) -> None:
+        if length <= cache.capacity:
+            return
+        capacity = min(-(-length // GROWTH) * GROWTH, self._context)
+        for buffers in (cache.keys, cache.values):
+            grown = []
+            for i, layer in enumerate(self._layers):
+                array = np.zeros((1, layer.kv_heads, capacity, self._head_dim), dtype=self._dtype)
+                if buffers:
+                    array[:, :, : cache.length] = buffers[i][:, :, : cache.length]
+                grown.append(array)
+            buffers[:] = grown
+        cache.capacity, cache.decode_binding = capacity, None
+
+    def _bind_cache(self, binding: Any, cache: OrtCache) -> None:
+        for names, buffers in ((self._key_names, cache.keys), (self._value_names, cache.values)):
+            for name, buffer in zip(names, buffers, strict=True):
+                value = self._ort.OrtValue.ortvalue_from_numpy(buffer)  # shares the array's memory
+                binding.bind_ortvalue_input(name, value)
+                binding.bind_ortvalue_output(f"{name}_out", value)
+
+
+@dataclass(slots=True)
+class _DecodeBinding:
+    """Inputs and outputs of a decode step, as NumPy views on the bound buffers."""
+
+    binding: Any
+    ids: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    write: npt.NDArray[np.int64]
+    mask: npt.NDArray[Any]
+    logits: npt.NDArray[np.float32]
+    @classmethod
+    def create(cls, tier: OrtTier, cache: OrtCache) -> _DecodeBinding:
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "input_ids": np.zeros((1, 1), dtype=np.int64),
+            "position_ids": np.zeros((1, 1), dtype=np.int64),
+            "write_index": np.zeros(1, dtype=np.int64),
+            "attn_mask": causal_mask(cache.length, 1, cache.capacity, tier._dtype),
+            "logits_index": np.zeros(1, dtype=np.int64),
+        }
+        logits = np.zeros((1, 1, tier._vocab), dtype=np.float32)
+        share = tier._ort.OrtValue.ortvalue_from_numpy  # shares the array's memory
+        binding = tier._session.io_binding()
+        for name, array in arrays.items():
+            binding.bind_ortvalue_input(name, share(array))
+        tier._bind_cache(binding, cache)
+        binding.bind_ortvalue_output("logits", share(logits))
+        views = [arrays[n] for n in ("input_ids", "position_ids", "write_index", "attn_mask")]
+        return cls(binding, *views, logits)
+
+
+class OrtPool:
+    """Loads tiers on demand and keeps the recently used within a byte limit."""
+
+    def __init__(self, bundle: Bundle, threads: int | None = None, max_resident_bytes: int | None = None) -> None:
+        self._bundle, self._threads = bundle, threads
+        self._loaded: OrderedDict[str, OrtTier] = OrderedDict()
+        self._bytes = {t.tier: t.cost.weight_bytes for t in bundle.manifest.tiers}
+        self._limit = max_resident_bytes or int(RESIDENT_FACTOR * max(self._bytes.values()))
+
+    def get(self, tier: str) -> OrtTier:
+        """The runner of a tier; least recently used tiers are let go *before* a new one is loaded."""
+        runner = self._loaded.get(tier)
+        if runner is None:
+            info = self._bundle.tier(tier)
+            while self._loaded and sum(map(self._bytes.__getitem__, (*self._loaded, tier))) > self._limit:
+                self._loaded.popitem(last=False)
+            runner = self._loaded[tier] = OrtTier(self._bundle, info, self._threads)
+        self._loaded.move_to_end(tier)
+        return runner
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Names of the loaded tiers, least recently used first."""
+        return tuple(self._loaded)
+
+    def close(self) -> None:
+        """Release every session."""
+        self._loaded.clear()
+
+
+def adoption(upper: Sequence[LayerInfo], lower: Sequence[LayerInfo]) -> list[tuple[int, int]]:
+    """For every layer of the lower tier: the index of its source layer in the upper tier, and the heads to keep.
+
+    Raises:
+        ValueError: the lower tier is not nested in the upper one.
+    """
+    where = {layer.source_layer: i for i, layer in enumerate(upper)}
+    rows = []
+    for layer in lower:
+        i = where.get(layer.source_layer)
+        if i is None or layer.kv_heads > upper[i].kv_heads:
+            raise ValueError("a cache can only be handed down the ladder")
+        rows.append((i, layer.kv_heads))
+    return rows
+
+
+def import_onnxruntime() -> Any:
+    """onnxruntime, imported late.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError("running a bundle on the CPU", "onnxruntime", "ort") from error
+    return onnxruntime

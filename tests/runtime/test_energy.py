@@ -1,0 +1,234 @@
+"""The energy model: closed forms, the prior against published measurements, and the strict JSON form."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy, prior_energy, prior_step_s, prior_table
+from eopc_runtime.errors import BundleError, DeviceError
+from eopc_runtime.profiles import list_profiles, load_profile
+from hypothesis import given
+from hypothesis import strategies as st
+
+coefficient = st.floats(min_value=1e-9, max_value=10)
+tokens = st.integers(min_value=1, max_value=4096)
+tier_energies = st.builds(
+    TierEnergy,
+    st.just("t0"),
+    coefficient,
+    coefficient,
+    coefficient,
+    coefficient,
+    coefficient,
+    st.just("prior"),
+)
+
+
+def llama_cost(layers, hidden, ffn, q_heads, kv_heads, head_dim, vocab, bits, head_bits=16):
+    """The work of a dense LLaMA decoder with weight-only quantization; KV in fp16, int4 scales per 128."""
+    attention = 2 * hidden * q_heads * head_dim + 2 * hidden * kv_heads * head_dim
+    body = layers * (attention + 3 * hidden * ffn)
+    bytes_per_weight = {16: 2.0, 8: 1.0, 4: (4 + 16 / 128) / 8}
+    return TierCost(
+        layers=layers,
+        weight_bytes=int(body * bytes_per_weight[bits] + vocab * hidden * bytes_per_weight[head_bits]),
+        kv_bytes_per_token=layers * 2 * kv_heads * head_dim * 2,
+        flops_per_token=2.0 * body,
+        head_flops=2.0 * vocab * hidden,
+        attn_flops_per_context=4.0 * head_dim * q_heads * layers,
+    )
+
+
+LLAMA_1B = (16, 2048, 8192, 32, 8, 64, 128256)
+LLAMA_8B = (32, 4096, 14336, 32, 8, 128, 128256)
+SMOLLM2_135M = (30, 576, 1536, 9, 3, 64, 49152)
+
+
+def table(*tiers, margin=0.0, source="prior"):
+    """An energy table from (prefill_j1, step_j0, step_j1) triples."""
+    return EnergyTable(
+        device="orin",
+        source=source,
+        margin=margin,
+        tiers=tuple(
+            TierEnergy(f"t{i}", 0.1, per_token, 1e-7, step, context, source)
+            for i, (per_token, step, context) in enumerate(tiers)
+        ),
+    )
+
+
+@given(tier_energies, tokens, st.integers(min_value=0, max_value=300))
+def test_decode_energy_is_the_sum_of_its_steps(energy, n, m):
+    """The closed form equals the explicit sum over steps 1..m-1; 1e-9 covers the rounding of 300 "
+    "additions."""
+    want = sum(energy.step_j(n + i) for i in range(1, m))
+    assert energy.decode_j(n, m) == pytest.approx(want, rel=1e-9, abs=0)
+    assert energy.sequence_j(n, m) == energy.prefill_j(n) + energy.decode_j(n, m)
+
+
+@given(tier_energies, tokens, tokens)
+def test_energy_rises_with_prompt_and_answer(energy, n, m):
+    """One more prompt token or one more new token never costs less than nothing."""
+    here = energy.sequence_j(n, m)
+    assert energy.sequence_j(n + 1, m) >= here
+    assert energy.sequence_j(n, m + 1) >= here
+
+
+def test_the_first_token_comes_out_of_the_prefill():
+    """Zero or one new token needs no decode step."""
+    energy = TierEnergy("t0", 1.0, 0.1, 0.0, 5.0, 0.5, "measured")
+    assert energy.decode_j(10, 0) == energy.decode_j(10, 1) == 0
+    assert energy.decode_j(10, 2) == 5.0 + 0.5 * 11  # the step attends to ten prompt tokens and itself
+
+
+@pytest.mark.parametrize(
+    ("bits", "precision", "tokens_per_s", "j_per_token"),
+    [(16, "fp16", 61.3, 0.750), (8, "int8", 91.2, 0.493), (4, "int4", 122.3, 0.355)],
+)
+def test_orin_reproduces_the_published_rows_of_llama_1b(bits, precision, tokens_per_s, j_per_token):
+    """Llama-3.2-1B on TensorRT-LLM, AGX Orin, 512 in and 512 out: within 2 % of speed and 5 % of J/token.
+
+    The constants are fitted to these rows with one bandwidth share and one J/byte for all precisions; what
+    is left is 0.9 % and 4.0 %. The mean context of the steps is 768.5.
+    """
+    orin, cost = load_profile("orin"), llama_cost(*LLAMA_1B, bits)
+    energy = prior_energy(orin, "t0", cost, precision)
+    assert 1 / prior_step_s(orin, cost, precision, 768) == pytest.approx(tokens_per_s, rel=0.02)
+    assert energy.decode_j(512, 513) / 512 == pytest.approx(j_per_token, rel=0.05)
+
+
+def test_orin_reproduces_the_published_8b_row():
+    """Llama-3.1-8B int4 at 33.1 tokens/s is in the time fit; its 1.59 J/token is not, and comes out "
+    "within 10 %."""
+    orin, cost = load_profile("orin"), llama_cost(*LLAMA_8B, 4)
+    assert 1 / prior_step_s(orin, cost, "int4", 768) == pytest.approx(33.1, rel=0.02)
+    assert prior_energy(orin, "t0", cost, "int4").decode_j(512, 513) / 512 == pytest.approx(1.59, rel=0.10)
+
+
+def test_orin_prices_long_contexts_like_the_published_slope():
+    """J/token of the 1B fp16 engine rises 9.9e-6 per context token between 16k and 128k outputs; within "
+    "15 %."""
+    energy = prior_energy(load_profile("orin"), "t0", llama_cost(*LLAMA_1B, 16), "fp16")
+    assert energy.step_j1 == pytest.approx((1.386 - 0.836) / (64e3 - 8e3), rel=0.15)
+
+
+def test_orin_prefill_is_the_right_size_and_not_below_the_published():
+    """512 prompt tokens of the 1B were metered at 1.5-1.8 mJ each by a sensor that lags behind so short "
+    "a window."""
+    for bits, precision, published in ((16, "fp16", 1.8e-3), (8, "int8", 1.6e-3), (4, "int4", 1.5e-3)):
+        energy = prior_energy(load_profile("orin"), "t0", llama_cost(*LLAMA_1B, bits), precision)
+        assert published < energy.prefill_j(512) / 512 < 2 * published
+
+
+def test_orin_gives_a_plausible_step_for_smollm2_135m():
+    """135 MB in int8 lie between 50 and 100 mJ per step, launches included."""
+    cost = llama_cost(*SMOLLM2_135M, bits=8, head_bits=8)
+    assert cost.weight_bytes == pytest.approx(135e6, rel=0.01)
+    assert 0.050 < prior_energy(load_profile("orin"), "t0", cost, "int8").step_j(256) < 0.100
+
+
+def test_the_prior_is_the_additive_roofline():
+    """The polynomial equals idle power x time + energy of bytes + energy of FLOPs, written out "
+    "independently."""
+    orin, cost = load_profile("orin"), llama_cost(*SMOLLM2_135M, bits=8, head_bits=8)
+    energy = prior_energy(orin, "t3", cost, "int8")
+    k = {name: c.value for name, c in orin.constants.items()}
+    speed = k["bandwidth"] * orin.precisions["int8"].decode_efficiency.value
+
+    def joules(moved, flops):
+        t = k["fixed_s"] + 30 * k["layer_s"] + moved / speed + flops / (k["flops"] * k["prefill_efficiency"])
+        return k["idle_w"] * t + k["j_per_byte"] * moved + k["j_per_flop"] * flops
+
+    c, n = 300, 256
+    step_flops = cost.flops_per_token + cost.head_flops + c * cost.attn_flops_per_context
+    step = joules(cost.weight_bytes + c * cost.kv_bytes_per_token, step_flops)
+    prefill_flops = n * cost.flops_per_token + cost.head_flops + cost.attn_flops_per_context * n * n / 2
+    prefill = joules(cost.weight_bytes + n * cost.kv_bytes_per_token, prefill_flops)
+    assert energy.step_j(c) == pytest.approx(step, rel=1e-12)  # the same terms in another order
+    assert energy.prefill_j(n) == pytest.approx(prefill, rel=1e-12)
+    assert (energy.tier, energy.source) == ("t3", "prior")
+
+
+@pytest.mark.parametrize("profile", list_profiles(), ids=lambda p: p.name)
+def test_every_device_prices_a_smaller_tier_lower(profile):
+    """Fewer layers and fewer bytes cost less in both phases, at every precision the device runs."""
+    full = llama_cost(*SMOLLM2_135M, bits=8, head_bits=8)
+    small = llama_cost(24, *SMOLLM2_135M[1:], bits=8, head_bits=8)
+    for precision in profile.precisions:
+        ladder = prior_table(profile, {"t0": full, "t1": small}, precision, margin=0.1)
+        assert ladder.source == profile.energy_source
+        assert ladder.step_price_j(1, 256) < ladder.step_price_j(0, 256)
+        assert ladder.prefill_price_j(1, 256) < ladder.prefill_price_j(0, 256)
+
+
+def test_a_cpu_prior_is_time_times_the_assumed_power():
+    """The proxy has no other energy than its power x its time."""
+    cpu, cost = load_profile("cpu"), llama_cost(*SMOLLM2_135M, bits=8, head_bits=8)
+    energy = prior_energy(cpu, "t0", cost, "int8")
+    assert energy.source == "proxy"
+    assert energy.step_j(100) == pytest.approx(30.0 * prior_step_s(cpu, cost, "int8", 100), rel=1e-12)
+
+
+def test_a_precision_the_device_lacks_has_no_price():
+    """The prior does not guess an efficiency."""
+    with pytest.raises(DeviceError, match="does not run"):
+        prior_energy(load_profile("cpu"), "t0", llama_cost(*SMOLLM2_135M, bits=16), "fp16")
+
+
+def test_the_margin_multiplies_every_price():
+    """5 % on the table is 5 % on prefill, step and plan, and none on the plain coefficients."""
+    bare, raised = table((0.01, 1.0, 0.001)), table((0.01, 1.0, 0.001), margin=0.05)
+    assert raised.prefill_price_j(0, 64) == pytest.approx(1.05 * bare.prefill_price_j(0, 64))
+    assert raised.step_price_j(0, 64) == pytest.approx(1.05 * bare.step_price_j(0, 64))
+    assert raised.plan_price_j(0, 0, 64, 9) == pytest.approx(1.05 * bare.tiers[0].sequence_j(64, 9))
+    assert raised.tiers == bare.tiers
+
+
+def test_a_plan_is_priced_phase_by_phase():
+    """Prefill on t0 and decode on t1 costs the one's prompt and the other's steps."""
+    ladder = table((0.01, 1.0, 0.001), (0.005, 0.5, 0.0005))
+    want = ladder.tiers[0].prefill_j(64) + ladder.tiers[1].decode_j(64, 9)
+    assert ladder.plan_price_j(0, 1, 64, 9) == pytest.approx(want)
+
+
+@given(st.lists(st.tuples(coefficient, coefficient, coefficient), min_size=1, max_size=5), st.floats(0, 1))
+def test_a_table_survives_its_json(triples, margin):
+    """Writing and reading gives the same table, bit by bit."""
+    ladder = table(*triples, margin=margin)
+    assert EnergyTable.from_json(json.loads(json.dumps(ladder.to_json()))) == ladder
+    assert EnergyTable.from_json(ladder.to_json()) == ladder
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda o: o.update(marign=0.1), 'unknown key "marign". Did you mean "margin"'),
+        (lambda o: o.update(schema=2), "newer eopc"),
+        (lambda o: o.pop("schema"), '"schema" is missing'),
+        (lambda o: o.update(margin=-0.1), "at least 0"),
+        (lambda o: o.update(source="guess"), "measured, calibrated, prior, proxy"),
+        (lambda o: o.update(source="measured"), "Sources may not be mixed"),
+        (lambda o: o.update(tiers=[]), "no tier"),
+        (lambda o: o["tiers"].reverse(), "where t0 belongs"),
+        (lambda o: o["tiers"][1].update(step_j0=-1), "tiers[1]"),
+        (lambda o: o["tiers"][0].update(step_j2=0.0), 'unknown key "step_j2"'),
+        (lambda o: o["tiers"][0].update(step_j1=float("inf")), "finite"),
+        (lambda o: o["tiers"][0].update(step_j1="1"), "must be a number, not a string"),
+        (lambda o: o["tiers"][0].update(step_j0=0, step_j1=0), "zero for a whole phase"),
+    ],
+)
+def test_a_malformed_energy_table_is_refused_with_the_reason(change, says):
+    """Unknown keys, wrong types and impossible numbers are named."""
+    obj = table((0.01, 1.0, 0.001), (0.005, 0.5, 0.0005)).to_json()
+    change(obj)
+    with pytest.raises(BundleError) as caught:
+        EnergyTable.from_json(obj)
+    assert says in str(caught.value)
+
+
+def test_an_unknown_energy_source_cannot_be_built():
+    """A joule without one of the four sources does not exist."""
+    with pytest.raises(BundleError, match="not one of measured, calibrated, prior, proxy"):
+        replace(table((0.01, 1.0, 0.001)).tiers[0], source="estimate")
