@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import Dialect, EagerOps, rotary_tables
+from eopc_compiler.equalize import equalize_layer, smoothing
 from eopc_compiler.export import WeightTable, row_count, unit_count
-from eopc_compiler.importance import Report, capture_inputs, run_layer
+from eopc_compiler.importance import Observations, Report, capture_inputs, run_layer
 from eopc_compiler.ladder import Mask, UnitOrder
-from eopc_compiler.model import Block, Llama
+from eopc_compiler.model import Block, Llama, Projection
 from eopc_compiler.quantize import Quantized, choose_block, gptq, round_to_nearest
 from eopc_compiler.weights import ColumnMatrix, Entry, RowMatrix, Stored, WeightReader, WeightWriter
 
@@ -64,6 +66,7 @@ def write_weights(
     masks: Sequence[Mask],
     storage: Storage,
     context: int,
+    observed: Observations | None = None,
     calibration: Sequence[Tensor] = (),
     report: Report | None = None,
 ) -> tuple[WeightTable, dict[str, int]]:
@@ -72,6 +75,7 @@ def write_weights(
     Args:
         get: tensors by Hugging Face name, fp32.
         masks: of all tiers; they fix where column matrices are cut.
+        observed: input peaks; with them, quantised layers are equalised first.
         calibration: token batches [n, S] for GPTQ; used by int4 alone.
     """
     head_name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
@@ -83,13 +87,18 @@ def write_weights(
         entries["model.embed_tokens.weight"] = _write_embedding(writer, get("model.embed_tokens.weight"), storage)
         for source, dims in enumerate(config.layers):
             layer = deployment_layer(config, source, get, orders[source])
+            if observed and storage.bits:
+                equalize_layer(layer, observed.peaks[source], orders[source], config)
             quantized = gptq_run.quantize_layer(layer, storage) if gptq_run else {}
             _write_layer(writer, entries, f"model.layers.{source}.", layer, quantized, dims, masks, config, storage)
             if report:
                 report(source + 1, len(config.layers) + 1)
-        entries["model.norm.weight"] = writer.tensor(get("model.norm.weight"), storage.dtype)
-        head = get(head_name).t().contiguous()
-        quantized_head = gptq_run.quantize_head(head, get("model.norm.weight"), storage) if gptq_run else None
+        norm, head = get("model.norm.weight").clone(), get(head_name).t().contiguous()
+        if observed and storage.bits:
+            s = smoothing(observed.head_peaks, head)
+            norm, head = norm / s, head * s[:, None]
+        entries["model.norm.weight"] = writer.tensor(norm, storage.dtype)
+        quantized_head = gptq_run.quantize_head(head, norm, storage) if gptq_run else None
         stored_head = quantized_head or _round(head, storage)
         entries["lm_head.weight"] = writer.columns(stored_head, [(1, config.vocab_size)], [1], storage.dtype)
         if report:
@@ -177,7 +186,10 @@ def _write_layer(
     ffn_bounds = sorted({d.intermediate_size for d in kept} | {dims.intermediate_size})
     head, groups, width = config.head_dim, dims.num_key_value_heads, dims.intermediate_size
     cuts = {
-        "self_attn.qkv_proj": ([(groups, config.query_group_size * head), (groups, head), (groups, head)], group_bounds),
+        "self_attn.qkv_proj": (
+            [(groups, config.query_group_size * head), (groups, head), (groups, head)],
+            group_bounds,
+        ),
         "mlp.gate_up_proj": ([(width, 1), (width, 1)], ffn_bounds),
     }
     rows_per_unit = {"self_attn.o_proj": config.query_group_size * head, "mlp.down_proj": 1}
@@ -228,16 +240,21 @@ class _GptqRun:
         block = storage.blocks[4]
         assert block is not None, "int4 needs a dialect with block scales"
         result: dict[str, Quantized] = {}
-        for stage in (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)):
-            modules = {name: layer.get_submodule(name) for name in stage}
+        for stage in (
+            ("self_attn.qkv_proj",),
+            ("self_attn.o_proj",),
+            ("mlp.gate_up_proj",),
+            ("mlp.down_proj",),
+        ):
+            modules = {name: cast(Projection, layer.get_submodule(name)) for name in stage}
             with capture_inputs(modules) as captured:
                 for x in self._hidden:
                     run_layer(self._shell, layer, x)
-            for name, module in modules.items():
+            for name, projection in modules.items():
                 hessian = _gram(captured[name])
                 scale_dtype = getattr(torch, storage.dtype)
-                result[name] = gptq(module.weight.data, hessian, 4, block, scale_dtype)
-                module.weight.data = result[name].dequantize()
+                result[name] = gptq(projection.weight.data, hessian, 4, block, scale_dtype)
+                projection.weight.data = result[name].dequantize()
         self._hidden = [run_layer(self._shell, layer, x) for x in self._hidden]
         return result
 

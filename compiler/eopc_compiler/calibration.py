@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 import torch
+
 from eopc_runtime.errors import UsageError
 
 Split = Literal["calibration", "selection", "heldout"]
@@ -249,14 +250,11 @@ def _json_lines(path: Path, text: str, field: str) -> list[str]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise UsageError(
-                f"{path} line {number} is not JSON ({error}). Expected one object per line."
-            ) from error
+            raise UsageError(f"{path} line {number} is not JSON ({error}). Expected one object per line.") from error
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise UsageError(
-                f"{path} line {number} has no text at {field!r} (found: {keys}). Name the field as "
-                "NAME=FILE:FIELD."
+                f"{path} line {number} has no text at {field!r} (found: {keys}). Name the field as NAME=FILE:FIELD."
             )
         documents.append(record[field])
     return documents

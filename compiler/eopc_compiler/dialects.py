@@ -1,8 +1,8 @@
 """What differs between the ONNX dialects eopc writes, and the eager reference, behind one small interface.
 
 * `EagerOps`: PyTorch, the reference for every parity check.
-* `NativeOps`: opset 24. RMSNormalization, RotaryEmbedding, Attention with one output and an explicit mask, TensorScatter:
-  one node each, fused kernels in ONNX Runtime and in TensorRT >= 10.15.
+* `NativeOps`: opset 24. RMSNormalization, RotaryEmbedding, Attention with one output and an explicit mask,
+  TensorScatter: one node each, fused kernels in ONNX Runtime and in TensorRT >= 10.15.
 * `PrimitiveOps`: opset <= 20, plain operators only, for TensorRT 10.3 (JetPack 6) and the widest runtime support.
 
 The rules behind the choices (one output, no past inputs, scatter straight to the output) are TensorRT's.
@@ -101,9 +101,8 @@ class PrimitiveOps:
         heads, length = new.shape[1], new.shape[2]
         slots = write_index + torch.arange(length)  # [S]
         # ScatterND wants one (batch, head, slot) triple per written row
-        index = torch.stack(
-            torch.broadcast_tensors(torch.zeros((), dtype=torch.long), torch.arange(heads)[:, None], slots[None, :]), -1
-        )
+        head = torch.arange(heads)[:, None].expand(heads, length)
+        index = torch.stack([torch.zeros_like(head), head, slots[None, :].expand(heads, length)], -1)
         return _symbolic("ScatterND", (cache, index[None], new), 18, cache)
 
     def attention(self, q: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -141,9 +140,8 @@ def grouped_attention(q: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale
 
 def _symbolic(op: str, inputs: tuple[Tensor, ...], version: int, like: Tensor, **attrs: int | float) -> Tensor:
     """An ONNX operator by name, for export only: running it in PyTorch computes nothing."""
-    return torch.onnx.ops.symbolic(
-        op, inputs, attrs=attrs, dtype=like.dtype, shape=tuple(like.shape), version=version
-    )
+    shape = tuple(like.shape)
+    return torch.onnx.ops.symbolic(op, inputs, attrs=dict(attrs), dtype=like.dtype, shape=shape, version=version)
 
 
 DIALECTS = {

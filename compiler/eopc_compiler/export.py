@@ -1,11 +1,11 @@
 """From a tier's shape to model.onnx: trace the one model file, then point its initializers into weights.bin.
 
-The trace never sees weights (parameters are uninitialised memory), so exporting costs no memory and every tier is traced
-the same way. Afterwards each initializer is replaced by what the bundle stores:
+The trace never sees weights (parameters are uninitialised memory), so exporting costs no memory and every tier is
+traced the same way. Afterwards each initializer is replaced by what the bundle stores:
 
 * fp16 and fp32: an external tensor, or a Concat of the column pieces a tier keeps;
-* int8 and int4: codes and scales, joined the same way, behind one DequantizeLinear, the form that ONNX Runtime fuses into
-  MatMulNBits and TensorRT into a weight-only GEMM;
+* int8 and int4: codes and scales, joined the same way, behind one DequantizeLinear, the form that ONNX Runtime
+  fuses into MatMulNBits and TensorRT into a weight-only GEMM;
 * the embedding: its rows are gathered *before* they are dequantised, so a step never expands the table.
 
 External data is named "weights.bin", relative to the bundle's root: loaders pass that folder (ONNX Runtime
@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import Dialect
 from eopc_compiler.model import Llama
-from eopc_compiler.weights import ColumnMatrix, Entry, RowMatrix, Stored
+from eopc_compiler.weights import ColumnMatrix, Entry, Piece, RowMatrix, Stored
 
 WEIGHTS_FILE = "weights.bin"
 DTYPES = {
@@ -55,8 +55,37 @@ class WeightTable:
         dims = layers[int(index)]
         return self.entries[f"model.layers.{dims.source_layer}.{rest}"], dims
 
+    def to_json(self) -> dict[str, Any]:
+        """Entries by name, each with its kind."""
+        return {name: {"kind": type(e).__name__, **asdict(e)} for name, e in self.entries.items()}
 
-def export_tier(config: LlamaConfig, dialect: Dialect, table: WeightTable, dtype: str, context: int, path: Path) -> None:
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> WeightTable:
+        """Read what `to_json` wrote."""
+        return cls({name: _entry(dict(fields)) for name, fields in content.items()})
+
+
+def _entry(fields: dict[str, Any]) -> Entry:
+    kind = fields.pop("kind")
+    if kind == "Stored":
+        return _stored(fields)
+    if kind == "RowMatrix":
+        return RowMatrix(**{**fields, "codes": _stored(fields["codes"]), "scales": _stored_or_none(fields["scales"])})
+    pieces = [Piece(p["units"], _stored(p["codes"]), _stored_or_none(p["scales"])) for p in fields["pieces"]]
+    return ColumnMatrix(tuple(pieces), fields["block"])
+
+
+def _stored(fields: dict[str, Any]) -> Stored:
+    return Stored(fields["dtype"], tuple(fields["shape"]), fields["offset"], fields["nbytes"])
+
+
+def _stored_or_none(fields: dict[str, Any] | None) -> Stored | None:
+    return None if fields is None else _stored(fields)
+
+
+def export_tier(
+    config: LlamaConfig, dialect: Dialect, table: WeightTable, dtype: str, context: int, path: Path
+) -> None:
     """Write a tier's graph.
 
     Args:
@@ -75,11 +104,19 @@ def trace(config: LlamaConfig, dialect: Dialect, dtype: torch.dtype, context: in
     """The graph of one tier, opset and operators as the dialect says, initializers without meaningful values."""
     with torch.device("meta"):
         llama = Llama(config, dialect.ops, context).to(dtype).fuse()
-    llama = llama.to_empty(device="cpu")  # address space, not memory: pages are never touched
-    count, length, capacity = len(config.layers), 7, 32  # any sizes but 0 and 1, which tracing would specialise
-    caches = [
-        torch.zeros(1, d.num_key_value_heads, capacity, config.head_dim, dtype=dtype) for d in config.layers
-    ] * 2
+    llama = llama.to_empty(device="cpu")  # address space, not memory: its pages stay untouched
+    for i, tensor in enumerate((*llama.parameters(), *llama.buffers())):
+        # the optimizer merges small initializers of equal bytes, and fresh memory is often zero throughout
+        tensor.data.view(-1)[0] = i
+    count, length, capacity = (
+        len(config.layers),
+        7,
+        32,
+    )  # any sizes but 0 and 1, which tracing would specialise
+    caches = [  # one tensor each: torch.export merges inputs that are the same object
+        torch.zeros(1, d.num_key_value_heads, capacity, config.head_dim, dtype=dtype)
+        for d in (*config.layers, *config.layers)
+    ]
     s, t, n = (torch.export.Dim(name, min=low) for name, low in (("seq", 1), ("cache_len", 2), ("n_logits", 1)))
     inputs = {
         "input_ids": (torch.zeros(1, length, dtype=torch.long), {1: s}),
@@ -228,9 +265,7 @@ class _Builder:
         new.append(ir.node("DequantizeLinear", [new[0].outputs[0], new[-1].outputs[0]], attributes))
         new[-1].outputs[0].name, new[-1].outputs[0].dtype = result.name, result.dtype
         new[-1].outputs[0].shape = result.shape
-        ir.convenience.replace_nodes_and_values(
-            self.graph, gather, [gather], new, [result], [new[-1].outputs[0]]
-        )
+        ir.convenience.replace_nodes_and_values(self.graph, gather, [gather], new, [result], [new[-1].outputs[0]])
 
     def constant(self, stored: Stored, name: str) -> ir.Value:
         dtype, shape = DTYPES[stored.dtype], ir.Shape(stored.shape)
@@ -247,7 +282,7 @@ class _Builder:
         node = ir.node(op, inputs, attributes)
         node.outputs[0].name = f"{name}.{op}"
         self.graph.insert_before(self.graph[0], node)
-        return node.outputs[0]  # type: ignore[no-any-return]
+        return node.outputs[0]
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         ir.convenience.replace_all_uses_with(old, new)

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+
 from eopc_runtime.errors import MissingExtraError, ModelError
 
 Float32 = npt.NDArray[np.float32]
@@ -92,15 +93,12 @@ def read_gguf(path: Path) -> GgufFile:
         magic = file.read(4)
         if magic != b"GGUF":
             raise ModelError(
-                f"{path} is not a GGUF file: it starts with {magic!r} where GGUF was expected. Get the file "
-                "again."
+                f"{path} is not a GGUF file: it starts with {magic!r} where GGUF was expected. Get the file again."
             )
         try:
             version, tensor_count, kv_count = struct.unpack("<IQQ", file.read(20))
             if version not in (2, 3):
-                raise ModelError(
-                    f"{path} has GGUF version {version}; versions 2 and 3 are read. Convert it again."
-                )
+                raise ModelError(f"{path} has GGUF version {version}; versions 2 and 3 are read. Convert it again.")
             metadata: dict[str, Any] = {}
             for _ in range(kv_count):
                 key = _read_string(file, size)
@@ -138,9 +136,7 @@ def gguf_config(gguf: GgufFile) -> dict[str, Any]:
     def field(key: str, default: Any = None) -> Any:
         value = meta.get(f"{architecture}.{key}", default)
         if value is None:
-            raise ModelError(
-                f"{gguf.path} has no metadata key {architecture}.{key}; convert the model again."
-            )
+            raise ModelError(f"{gguf.path} has no metadata key {architecture}.{key}; convert the model again.")
         return value
 
     if "token_embd.weight" not in gguf.tensors:
@@ -237,24 +233,19 @@ def _locate(path: Path, info: tuple[str, tuple[int, ...], int, int], start: int,
     try:
         quant_type = quants.GGMLQuantizationType(type_number)
         block, block_bytes = quants.GGML_QUANT_SIZES[quant_type]
-        quants.dequantize(
-            np.zeros((1, block_bytes), np.uint8), quant_type
-        )  # says now whether it can be undone
+        quants.dequantize(np.zeros((1, block_bytes), np.uint8), quant_type)  # says now whether it can be undone
     except (ValueError, KeyError, NotImplementedError) as error:
         raise ModelError(
             f"{path}: tensor {name} has GGUF type {type_number}, which cannot be dequantised here. Use a "
             "file in Q4, Q5, Q8, K-quants, F16 or F32."
         ) from error
     if not shape or 0 in shape or shape[-1] % block:
-        raise ModelError(
-            f"{path}: tensor {name} has shape {list(shape)}, no multiple of its block of {block}."
-        )
+        raise ModelError(f"{path}: tensor {name} has shape {list(shape)}, no multiple of its block of {block}.")
     num_bytes = math.prod(shape) // block * block_bytes
     end = start + offset + num_bytes
     if end > size:
         raise ModelError(
-            f"{path} is truncated: tensor {name} ends at byte {end}, but the file has {size}. Get the file "
-            "again."
+            f"{path} is truncated: tensor {name} ends at byte {end}, but the file has {size}. Get the file again."
         )
     return GgufTensor(name, shape, type_number, start + offset, num_bytes)
 

@@ -8,9 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eopc_runtime.errors import ModelError
-
 from eopc_compiler.gguf_file import GgufFile
+from eopc_runtime.errors import ModelError
 
 # token_type numbers of GGUF
 _CONTROL, _USER_DEFINED = 3, 4
@@ -61,9 +60,7 @@ def _byte_level_tokenizer(gguf: GgufFile) -> Any:
             ignore_merges=rule == "llama-bpe",
         )
     except Exception as error:  # the tokenizers library raises plain Exception for a bad merge
-        raise ModelError(
-            f"{gguf.path} has no usable tokenizer ({error}); convert the model again."
-        ) from error
+        raise ModelError(f"{gguf.path} has no usable tokenizer ({error}); convert the model again.") from error
     tokenizer = Tokenizer(model)
     if rule == "qwen2":
         tokenizer.normalizer = normalizers.NFC()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.ladder import Mask, UnitOrder
-from eopc_compiler.model import Block, Cache, Llama, Rotary, causal_mask
+from eopc_compiler.model import Block, Llama, Rotary, causal_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +37,46 @@ class LayerScores:
         return UnitOrder(_descending(self.kv_groups), _descending(self.ffn_channels))
 
 
+@dataclass(frozen=True, slots=True)
+class InputPeaks:
+    """Largest magnitude of every input channel of a layer's four deployment-form matrices, original order."""
+
+    qkv: Tensor  # [hidden]
+    o: Tensor  # [q_heads * head_dim]
+    gate_up: Tensor  # [hidden]
+    down: Tensor  # [ffn]
+
+
+@dataclass(frozen=True, slots=True)
+class Observations:
+    """What one pass of the calibration text through the dense model tells."""
+
+    scores: tuple[LayerScores, ...]
+    peaks: tuple[InputPeaks, ...]
+    head_peaks: Tensor  # [hidden]: inputs of the LM head
+
+
 Report = Callable[[int, int], None]  # done, total
 
 
-def score_layers(model: Llama, batches: Sequence[Tensor], report: Report | None = None) -> tuple[LayerScores, ...]:
-    """Score every unit of a checkpoint-form model on token batches [n, S]."""
-    scores = []
+def observe(model: Llama, batches: Sequence[Tensor], report: Report | None = None) -> Observations:
+    """Score every unit of a checkpoint-form model, and record input peaks, on token batches [n, S]."""
+    scores, peaks = [], []
     hidden = [model.model.embed_tokens(tokens) for tokens in batches]
-    for index, layer in enumerate(model.model.layers):
-        with capture_inputs({"o": layer.self_attn.o_proj, "down": layer.mlp.down_proj}) as captured:
+    for index, layer in enumerate(model.blocks):
+        attention, mlp = layer.self_attn, layer.mlp
+        modules = {
+            "qkv": attention.q_proj,
+            "o": attention.o_proj,
+            "gate_up": mlp.gate_proj,
+            "down": mlp.down_proj,
+        }
+        with capture_inputs(modules) as inputs:
             after = [run_layer(model, layer, x) for x in hidden]
         cosines = torch.cat([F.cosine_similarity(a, b, dim=-1).flatten() for a, b in zip(hidden, after, strict=True)])
-        heads = _energy(captured["o"], layer.self_attn.o_proj.weight)
+        heads = _energy(inputs["o"], attention.o_proj.weight)
         per_group = heads.view(model.config.layers[index].num_key_value_heads, -1).sum(1)
-        channels = _energy(captured["down"], layer.mlp.down_proj.weight)
+        channels = _energy(inputs["down"], mlp.down_proj.weight)
         scores.append(
             LayerScores(
                 tuple((per_group / heads.sum()).tolist()),
@@ -58,10 +84,12 @@ def score_layers(model: Llama, batches: Sequence[Tensor], report: Report | None 
                 1.0 - float(cosines.mean()),
             )
         )
+        peaks.append(InputPeaks(**{name: _peaks(values) for name, values in inputs.items()}))
         hidden = after
         if report:
-            report(index + 1, len(model.model.layers))
-    return tuple(scores)
+            report(index + 1, len(model.blocks))
+    head_peaks = _peaks([model.model.norm(x).flatten(0, -2) for x in hidden])
+    return Observations(tuple(scores), tuple(peaks), head_peaks)
 
 
 def loss_under_mask(
@@ -74,7 +102,7 @@ def loss_under_mask(
     total, count = 0.0, 0
     kept = {d.source_layer: d for d in mask.layers}
     hooks = []
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(model.blocks):
         if (dims := kept.get(index)) is None:
             continue
         order = orders[index]
@@ -91,11 +119,13 @@ def loss_under_mask(
     try:
         for tokens in batches:
             x = model.model.embed_tokens(tokens)
-            for index, layer in enumerate(model.model.layers):
+            for index, layer in enumerate(model.blocks):
                 if index in kept:
                     x = run_layer(model, layer, x)
-            logits = model.lm_head(model.model.norm(x[:, :-1]))
-            total += float(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
+            for row, targets in zip(
+                model.model.norm(x[:, :-1]), tokens[:, 1:], strict=True
+            ):  # one [S, vocab] at a time
+                total += float(F.cross_entropy(model.lm_head(row), targets, reduction="sum"))
             count += tokens[:, 1:].numel()
     finally:
         for hook in hooks:
@@ -103,9 +133,8 @@ def loss_under_mask(
     return total / count
 
 
-def run_layer(model: Llama, layer: Any, x: Tensor) -> Tensor:
+def run_layer(model: Llama, layer: Block, x: Tensor) -> Tensor:
     """One block over whole sequences x [n, S, hidden], causal, with a throw-away cache."""
-    assert isinstance(layer, Block)
     batch, length, _ = x.shape
     attention = layer.self_attn
     shape = (batch, attention.kv_heads, length, attention.head_dim)
@@ -141,10 +170,10 @@ def _energy(inputs: Sequence[Tensor], weight: Tensor) -> Tensor:
     return moment * weight.double().pow(2).sum(0)
 
 
+def _peaks(inputs: Sequence[Tensor]) -> Tensor:
+    """Largest magnitude per column over all rows."""
+    return torch.stack([x.abs().amax(0) for x in inputs]).amax(0)
+
+
 def _descending(values: Sequence[float]) -> tuple[int, ...]:
     return tuple(sorted(range(len(values)), key=lambda i: (-values[i], i)))
-
-
-def dense_model_loss(model: Llama, batches: Sequence[Tensor], config: LlamaConfig, orders: Sequence[UnitOrder]) -> float:
-    """Mean next-token loss of the whole model."""
-    return loss_under_mask(model, batches, Mask(config.layers), orders, config)

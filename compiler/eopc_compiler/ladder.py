@@ -1,8 +1,8 @@
 """The nested ladder as data: what every tier keeps, and the one order of units that makes keeping a prefix.
 
 A `UnitOrder` sorts the KV groups and FFN channels of one source layer by importance, once. A `Mask` says how many of
-them a tier keeps, per kept layer. Because the order is shared by all tiers, a tier below keeps prefixes of the tier above,
-and "nested" is the comparison of counts.
+them a tier keeps, per kept layer. Because the order is shared by all tiers, a tier below keeps prefixes of the tier
+above, and "nested" is the comparison of counts.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ def mask_to_json(tier: str, mask: Mask, orders: Sequence[UnitOrder]) -> dict[str
     }
 
 
-def read_masks(paths: Sequence[Path], config: LlamaConfig, align: int) -> tuple[tuple[UnitOrder, ...], tuple[Mask, ...]]:
+def read_masks(
+    paths: Sequence[Path], config: LlamaConfig, align: int
+) -> tuple[tuple[UnitOrder, ...], tuple[Mask, ...]]:
     """Masks given by the user, one file per tier below t0, each inside the one before.
 
     Returns:
@@ -169,6 +171,9 @@ def _read_mask(path: Path, config: LlamaConfig, align: int) -> dict[int, tuple[l
         raise ModelError(f"{path} has mask schema {content['schema']}; this eopc reads schema {MASK_SCHEMA}.")
     if not layers:
         raise ModelError(f"{path} keeps no layer. A tier needs at least one.")
+    if len(layers) != len(content["layers"]):
+        twice = next(i for i in layers if [int(e["source_layer"]) for e in content["layers"]].count(i) > 1)
+        raise ModelError(f"{path} lists layer {twice} twice. List every kept layer once.")
     for source, (kv, ffn) in layers.items():
         if not 0 <= source < len(config.layers):
             raise ModelError(f"{path}: layer {source} does not exist; the model has {len(config.layers)} layers.")
@@ -177,8 +182,14 @@ def _read_mask(path: Path, config: LlamaConfig, align: int) -> dict[int, tuple[l
             ("kv_groups", kv, dims.num_key_value_heads),
             ("ffn_channels", ffn, dims.intermediate_size),
         ):
-            if not units or len(set(units)) != len(units) or not all(isinstance(u, int) and 0 <= u < total for u in units):
-                raise ModelError(f"{path}: layer {source}: {name} must be distinct indices in 0..{total - 1}, not empty.")
+            if (
+                not units
+                or len(set(units)) != len(units)
+                or not all(isinstance(u, int) and 0 <= u < total for u in units)
+            ):
+                raise ModelError(
+                    f"{path}: layer {source}: {name} must be distinct indices in 0..{total - 1}, not empty."
+                )
         if len(ffn) % align:
             raise ModelError(f"{path}: layer {source} keeps {len(ffn)} FFN channels, not a multiple of {align}.")
     return layers

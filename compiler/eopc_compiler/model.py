@@ -14,8 +14,9 @@ embedding, attention, cache write) goes through an `Ops` object; see dialects.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,11 @@ class Llama(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model.norm.weight.dtype
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The decoder layers, typed."""
+        return [cast(Block, block) for block in self.model.layers]
+
     def forward(
         self,
         input_ids: Tensor,  # [1, S]
@@ -121,23 +127,10 @@ class Llama(nn.Module):
 
     def fuse(self) -> Llama:
         """Turn checkpoint form into deployment form, in place, one layer at a time; return self."""
-        for layer in self.model.layers:
+        for layer in self.blocks:
             layer.self_attn.fuse()
             layer.mlp.fuse()
         self.lm_head.fuse()
-        return self
-
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> Llama:
-        """Fill checkpoint-form parameters from (name, tensor) pairs; a tied head may be left out."""
-        own = dict(self.named_parameters())
-        missing = set(own)
-        for name, tensor in tensors:
-            own[name].data.copy_(tensor)
-            missing.discard(name)
-        if self.config.tie_word_embeddings:
-            missing.discard("lm_head.weight")
-            self.lm_head.weight = self.model.embed_tokens.weight
-        assert not missing, f"tensors never loaded: {sorted(missing)[:3]}"
         return self
 
 
@@ -226,9 +219,9 @@ class Attention(nn.Module):
         else:
             qkv, scale = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1), self.head_dim**-0.5
         heads = qkv.view(batch, length, -1, self.head_dim).transpose(1, 2)  # [B, q + 2 kv heads, S, head_dim]
-        qk, v = heads.split([self.q_heads + self.kv_heads, self.kv_heads], 1)
+        qk, v = torch.split(heads, [self.q_heads + self.kv_heads, self.kv_heads], 1)
         qk = self.ops.rotary(qk, rotary.cos, rotary.sin, rotary.position_ids)  # queries and keys in one call
-        q, k = qk.split([self.q_heads, self.kv_heads], 1)
+        q, k = torch.split(qk, [self.q_heads, self.kv_heads], 1)
         key = self.ops.write_cache(key, k, write_index)
         value = self.ops.write_cache(value, v, write_index)
         out = self.ops.attention(q, key, value, mask, scale)  # [B, q_heads, S, head_dim]
@@ -253,7 +246,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_up_proj is not None:
-            gate, up = self.gate_up_proj(x).split([self.width, self.width], -1)
+            gate, up = torch.split(self.gate_up_proj(x), [self.width, self.width], -1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(gate * torch.sigmoid(gate) * up)  # type: ignore[no-any-return]
@@ -297,9 +290,10 @@ class Projection(nn.Module):
         self.transposed = True
 
     def scale(self, factor: float) -> None:
-        self.weight.data.mul_(factor)
+        # new parameters: the old ones may be the caller's tensors
+        self.weight = nn.Parameter(self.weight.data * factor, requires_grad=False)
         if self.bias is not None:
-            self.bias.data.mul_(factor)
+            self.bias = nn.Parameter(self.bias.data * factor, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.transposed:

@@ -1,7 +1,7 @@
 """From joule budgets to masks: ladder v1's choice of what each tier keeps.
 
-For every budget, from the largest down, a few candidates that *just fit* are built inside the tier above and the one with
-the smallest calibration loss is kept. A candidate drops a number of layers first (lowest block influence) and then
+For every budget, from the largest down, a few candidates that *just fit* are built inside the tier above and the one
+with the smallest calibration loss is kept. A candidate drops a number of layers first (lowest block influence) and then
 takes FFN channels, and where asked a KV group per layer, in the order of importance lost per joule saved, until the
 price of the reference workload is within the budget. Prices come from one function; nothing here knows a device.
 """
@@ -73,6 +73,27 @@ def plan_ladder(
     return tuple(tiers)
 
 
+def plan_masks(full: Mask, masks: Sequence[Mask], budgets_j: Sequence[float], price: Price) -> tuple[TierPlan, ...]:
+    """The ladder of masks given by the user: t0 dense, then one tier per mask, each under the next smaller budget.
+
+    Raises:
+        BudgetError: a mask is priced above the budget it is meant for.
+    """
+    dense_j = price(full)
+    fitting = [b for b in budgets_j if dense_j <= b]
+    below = sorted((b for b in budgets_j if dense_j > b), reverse=True)
+    tiers = [TierPlan(max(fitting, default=None), full, dense_j, 0.0, "dense")]
+    for i, mask in enumerate(masks):
+        budget, joules = below[i] if i < len(below) else None, price(mask)
+        if budget is not None and joules > budget:
+            raise BudgetError(
+                f"mask {i + 1} needs {format_energy(joules)} at the reference workload, above its budget of "
+                f"{format_energy(budget)}. Give a smaller mask, or raise --budgets."
+            )
+        tiers.append(TierPlan(budget, mask, joules, 0.0, "mask given"))
+    return tuple(tiers)
+
+
 def _best_candidate(
     above: Mask, budget_j: float, scores: Sequence[LayerScores], price: Price, loss: Loss, align: int
 ) -> TierPlan:
@@ -122,7 +143,9 @@ def smallest_mask(mask: Mask, scores: Sequence[LayerScores], align: int) -> Mask
     """The least a tier may be: a third of the layers, one unit of FFN channels and one KV group in each."""
     *_, fewest = _layer_candidates(mask, scores)
     return Mask(
-        tuple(replace(d, num_key_value_heads=1, intermediate_size=min(align, d.intermediate_size)) for d in fewest.layers)
+        tuple(
+            replace(d, num_key_value_heads=1, intermediate_size=min(align, d.intermediate_size)) for d in fewest.layers
+        )
     )
 
 

@@ -1,8 +1,8 @@
 """Weight-only symmetric quantisation of deployment-form matrices [in, out], by rounding or error-compensated (GPTQ).
 
 Codes are int8 in memory for both widths; int4 codes lie in [-8, 7] and are packed two to a byte when written. One scale
-serves `block` consecutive inputs of one output (DequantizeLinear with block_size along axis 0), or, with block None, all
-inputs of one output (per-channel, for opsets below 21).
+serves `block` consecutive inputs of one output (DequantizeLinear with block_size along axis 0), or, with block None,
+all inputs of one output (per-channel, for opsets below 21).
 
 GPTQ: Frantar et al., arXiv 2210.17323: quantise one input row at a time and spread its rounding error over the rows not
 yet quantised, through the inverse Hessian X Xᵀ of the calibration inputs.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from eopc_runtime.errors import ModelError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -49,24 +50,15 @@ def weight_files(folder: Path) -> list[Path]:
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ModelError(
-                f"Shard {missing[0]} of {folder} is missing ({len(missing)} of {len(names)}). Complete the "
-                "download."
+                f"Shard {missing[0]} of {folder} is missing ({len(missing)} of {len(names)}). Complete the download."
             )
         return [folder / name for name in names]
-    files = [
-        path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith("consolidated")
-    ]
+    files = [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith("consolidated")]
     if len(files) > 1 and folder / "model.safetensors" not in files:
-        raise ModelError(
-            f"{folder} has {len(files)} .safetensors files but no model.safetensors.index.json; add it."
-        )
+        raise ModelError(f"{folder} has {len(files)} .safetensors files but no model.safetensors.index.json; add it.")
     if not files:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-        do = (
-            "Convert them: load with transformers, then save_pretrained"
-            if pickled
-            else "Complete the download"
-        )
+        do = "Convert them: load with transformers, then save_pretrained" if pickled else "Complete the download"
         found = "only pickled weights (.bin, .pt)" if pickled else "no weights"
         raise ModelError(f"{folder} has {found}; .safetensors were expected. {do}.")
     return [folder / "model.safetensors"] if len(files) > 1 else files
@@ -75,9 +67,7 @@ def weight_files(folder: Path) -> list[Path]:
 def read_header(path: Path) -> dict[str, SafetensorsEntry]:
     """The tensors of one file, after proving that each lies inside it; no weights are read."""
     size = path.stat().st_size
-    damaged = (
-        f"{path} is truncated or damaged: its header could not be read ({size} bytes). Get the file again."
-    )
+    damaged = f"{path} is truncated or damaged: its header could not be read ({size} bytes). Get the file again."
     with path.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size

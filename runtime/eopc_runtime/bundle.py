@@ -44,9 +44,7 @@ class Bundle:
             what = "is a file, not a directory" if root.exists() else "does not exist"
             raise BundleError(f"The bundle {root} {what}. Give the directory that `eopc build -o` wrote.")
         if not (root / MANIFEST_NAME).is_file():
-            raise BundleError(
-                f"{root} has no {MANIFEST_NAME}, so it is no bundle. Build one with `eopc build`."
-            )
+            raise BundleError(f"{root} has no {MANIFEST_NAME}, so it is no bundle. Build one with `eopc build`.")
         manifest = Manifest.from_json(read_json(root / MANIFEST_NAME, MANIFEST_NAME, BundleError))
         for entry in manifest.files:
             check_file(root, entry, verify)
@@ -260,9 +258,7 @@ def check_ladder(tiers: tuple[TierInfo, ...], num_hidden_layers: int) -> None:
         raise BundleError(f"{MANIFEST_NAME} has no tier. Build the bundle again.")
     for i, tier in enumerate(tiers):
         if tier.tier != f"t{i}":
-            raise BundleError(
-                f"{MANIFEST_NAME} has the tier {tier.tier} where t{i} belongs. Build the bundle again."
-            )
+            raise BundleError(f"{MANIFEST_NAME} has the tier {tier.tier} where t{i} belongs. Build the bundle again.")
         indexes = [layer.source_layer for layer in tier.layers]
         if not indexes or indexes != sorted(set(indexes)) or indexes[-1] >= num_hidden_layers:
             raise BundleError(
@@ -289,8 +285,7 @@ def inside(root: Path, relative: str) -> Path:
         leads_out = True
     if leads_out:
         raise BundleError(
-            f"{relative} is a link that leads out of the bundle {root}. Copy the bundle with its files, "
-            f"not links."
+            f"{relative} is a link that leads out of the bundle {root}. Copy the bundle with its files, not links."
         )
     return path
 
@@ -299,9 +294,7 @@ def check_file(root: Path, entry: FileEntry, verify: bool) -> None:
     """Raise BundleError unless the file is there with its recorded size and, with `verify`, its sha256."""
     path = inside(root, entry.path)
     if not path.is_file():
-        raise BundleError(
-            f"{entry.path} is missing from the bundle {root}. Copy the bundle again, or rebuild it."
-        )
+        raise BundleError(f"{entry.path} is missing from the bundle {root}. Copy the bundle again, or rebuild it.")
     if (size := path.stat().st_size) != entry.bytes:
         raise BundleError(
             f"{entry.path} has {size} bytes, but the manifest says {entry.bytes}: the bundle {root} is "
@@ -334,14 +327,11 @@ def sha256_file(path: Path) -> str:
 
 def _check_schema(fields: Fields) -> None:
     if "schema" not in fields:
-        fields.fail(
-            'it has no "schema" number, so it is not the manifest of a bundle. Build one with `eopc build`.'
-        )
+        fields.fail('it has no "schema" number, so it is not the manifest of a bundle. Build one with `eopc build`.')
     schema = fields.integer("schema", minimum=1)
     if schema > MANIFEST_SCHEMA:
         fields.fail(
-            f"schema {schema} was written by a newer eopc (this one reads schema {MANIFEST_SCHEMA}); "
-            f"upgrade eopc."
+            f"schema {schema} was written by a newer eopc (this one reads schema {MANIFEST_SCHEMA}); upgrade eopc."
         )
 
 
@@ -361,9 +351,7 @@ def _check_nested(above: TierInfo, tier: TierInfo) -> None:
         where = f"{MANIFEST_NAME}: layer {layer.source_layer} of {tier.tier}"
         old = kept.get(layer.source_layer)
         if old is None:
-            raise BundleError(
-                f"{where} is not kept by {above.tier}, but tiers must nest. Build the bundle again."
-            )
+            raise BundleError(f"{where} is not kept by {above.tier}, but tiers must nest. Build the bundle again.")
         if layer.kv_heads > old.kv_heads or layer.ffn > old.ffn:
             raise BundleError(
                 f"{where} keeps {layer.kv_heads} KV heads and {layer.ffn} FFN units, more than {above.tier} "
@@ -381,6 +369,4 @@ def _check_files(manifest: Manifest) -> None:
     for path in needed:
         if path not in paths:
             near = did_you_mean(path, paths)
-            raise BundleError(
-                f"{MANIFEST_NAME} uses {path} but does not list it in files.{near} Build it again."
-            )
+            raise BundleError(f"{MANIFEST_NAME} uses {path} but does not list it in files.{near} Build it again.")

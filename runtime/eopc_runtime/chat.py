@@ -34,9 +34,7 @@ class ChatTemplate:
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
         self._special_tokens = dict(special_tokens or {})
-        environment = _Sandbox(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, LoopControlExtension]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, LoopControlExtension])
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
@@ -55,9 +53,7 @@ class ChatTemplate:
         template fails or its output is out of all proportion.
         """
         checked = check_messages(messages)
-        limit = _MIN_OUTPUT_CHARS + _OUTPUT_CHARS_PER_CHAR * sum(
-            len(message["content"]) for message in checked
-        )
+        limit = _MIN_OUTPUT_CHARS + _OUTPUT_CHARS_PER_CHAR * sum(len(message["content"]) for message in checked)
         try:
             pieces = self._template.generate(
                 messages=checked, add_generation_prompt=add_generation_prompt, **self._special_tokens
@@ -66,9 +62,7 @@ class ChatTemplate:
         except _RefusedError as error:
             raise PromptError(f"the chat template refuses these messages: {error.message}") from error
         except SecurityError as error:
-            raise BundleError(
-                f"the chat template was stopped: {error.message}. Use --raw to skip it."
-            ) from error
+            raise BundleError(f"the chat template was stopped: {error.message}. Use --raw to skip it.") from error
         except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(
                 f"the bundle's chat template failed ({type(error).__name__}: {error}). Use --raw to skip it."
@@ -86,9 +80,7 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 def _check_message(index: int, message: object) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise PromptError(
-            f"messages[{index}] is {type(message).__name__}; expected an object with role and content."
-        )
+        raise PromptError(f"messages[{index}] is {type(message).__name__}; expected an object with role and content.")
     role = message.get("role")
     if role not in ROLES:
         raise PromptError(f"messages[{index}] has the role {role!r}; expected one of {', '.join(ROLES)}.")

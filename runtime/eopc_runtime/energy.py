@@ -140,9 +140,7 @@ class EnergyTable:
             raise BundleError("The energy table has no tier. Build the bundle again.")
         for i, tier in enumerate(self.tiers):
             if tier.tier != f"t{i}":
-                raise BundleError(
-                    f"The energy table has {tier.tier} where t{i} belongs. Build the bundle again."
-                )
+                raise BundleError(f"The energy table has {tier.tier} where t{i} belongs. Build the bundle again.")
             if tier.source != self.source:
                 raise BundleError(
                     f"The energy of {tier.tier} is {tier.source}, that of the table {self.source}. "
@@ -175,9 +173,7 @@ class EnergyTable:
         fields = Fields(obj, where, BundleError)
         schema = fields.integer("schema", minimum=1)
         if schema > ENERGY_SCHEMA:
-            fields.fail(
-                f"schema {schema} was written by a newer eopc (this one reads {ENERGY_SCHEMA}); upgrade eopc."
-            )
+            fields.fail(f"schema {schema} was written by a newer eopc (this one reads {ENERGY_SCHEMA}); upgrade eopc.")
         table = cls(
             device=fields.text("device"),
             source=fields.text("source", choices=ENERGY_SOURCES),
@@ -226,9 +222,7 @@ def prior_step_s(profile: DeviceProfile, cost: TierCost, precision: str, context
     )
 
 
-def prior_table(
-    profile: DeviceProfile, costs: Mapping[str, TierCost], precision: str, margin: float
-) -> EnergyTable:
+def prior_table(profile: DeviceProfile, costs: Mapping[str, TierCost], precision: str, margin: float) -> EnergyTable:
     """Price a whole ladder (t0 first) on a device from its profile."""
     tiers = tuple(prior_energy(profile, name, cost, precision) for name, cost in costs.items())
     return EnergyTable(profile.name, profile.energy_source, margin, tiers)
@@ -236,9 +230,7 @@ def prior_table(
 
 def _read_tier(fields: Fields) -> TierEnergy:
     coefficients = {name: fields.number(name, minimum=0) for name in COEFFICIENTS}
-    tier = TierEnergy(
-        tier=fields.text("tier"), source=fields.text("source", choices=ENERGY_SOURCES), **coefficients
-    )
+    tier = TierEnergy(tier=fields.text("tier"), source=fields.text("source", choices=ENERGY_SOURCES), **coefficients)
     fields.done()
     return tier
 

@@ -67,9 +67,7 @@ def pick_tier(table: EnergyTable, budget_j: float | None, request: Request) -> P
     return best
 
 
-def affordable_tokens(
-    table: EnergyTable, prefill: int, decode: int, budget_j: float, request: Request
-) -> int:
+def affordable_tokens(table: EnergyTable, prefill: int, decode: int, budget_j: float, request: Request) -> int:
     """Return the largest m up to the request's that the budget affords, 0 if not even one token fits."""
     low, high = 0, request.max_new_tokens  # m = low fits, m = high + 1 does not or is not wanted
     while low < high:  # bisection: the price rises with m, as no coefficient is negative

@@ -94,9 +94,7 @@ class DeviceProfile:
 
     def precisions_for(self, dialect: str | None = None) -> tuple[str, ...]:
         """Return the precisions a dialect carries (all without one), in order of preference."""
-        return tuple(
-            p for p, entry in self.precisions.items() if dialect is None or dialect in entry.dialects
-        )
+        return tuple(p for p, entry in self.precisions.items() if dialect is None or dialect in entry.dialects)
 
 
 def load_profile(name: str) -> DeviceProfile:
@@ -138,9 +136,7 @@ def parse_profile(text: str, name: str, others: Mapping[str, str]) -> DeviceProf
     constants |= {key: _constant(entry, key) for key, entry in fields.children_by_name("constants").items()}
     for key in CONSTANT_UNITS.keys() - constants.keys():
         fields.fail(f'the constant "{key}" [{CONSTANT_UNITS[key]}] is missing.')
-    own = {
-        key: _precision(entry, key, dialects) for key, entry in fields.children_by_name("precisions").items()
-    }
+    own = {key: _precision(entry, key, dialects) for key, entry in fields.children_by_name("precisions").items()}
     precisions = own or (_carried(parent.precisions, dialects) if parent else {})
     if not precisions:
         fields.fail('"precisions" is empty; name at least one.')
@@ -178,8 +174,7 @@ def _parent(fields: Fields, others: Mapping[str, str]) -> DeviceProfile | None:
         parent,
         constants={key: inherited(c) for key, c in parent.constants.items()},
         precisions={
-            key: replace(p, decode_efficiency=inherited(p.decode_efficiency))
-            for key, p in parent.precisions.items()
+            key: replace(p, decode_efficiency=inherited(p.decode_efficiency)) for key, p in parent.precisions.items()
         },
     )
 

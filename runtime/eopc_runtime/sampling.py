@@ -37,19 +37,13 @@ class SamplingParams:
             "0 or more",
         )
         if self.top_k is not None:
-            _check(
-                _is_int(self.top_k) and self.top_k >= 1, "top_k", self.top_k, "a whole number of 1 or more"
-            )
+            _check(_is_int(self.top_k) and self.top_k >= 1, "top_k", self.top_k, "a whole number of 1 or more")
         if self.top_p is not None:
-            _check(
-                _is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1"
-            )
+            _check(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         if self.min_p is not None:
             _check(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
         penalty = self.repetition_penalty
-        _check(
-            _is_number(penalty) and penalty > 0, "repetition_penalty", penalty, "above 0 (1 changes nothing)"
-        )
+        _check(_is_number(penalty) and penalty > 0, "repetition_penalty", penalty, "above 0 (1 changes nothing)")
         if self.seed is not None:
             _check(_is_int(self.seed) and self.seed >= 0, "seed", self.seed, "a whole number of 0 or more")
 
@@ -63,9 +57,7 @@ class SamplingParams:
         return np.random.default_rng(self.seed)
 
 
-def sample(
-    logits: FloatArray, history: Sequence[int], params: SamplingParams, rng: np.random.Generator
-) -> int:
+def sample(logits: FloatArray, history: Sequence[int], params: SamplingParams, rng: np.random.Generator) -> int:
     """Return the next token id for `logits` [vocab], given all tokens of the sequence so far.
 
     The order is that of transformers: repetition penalty, temperature, top_k, top_p, min_p. `logits` is not
@@ -118,11 +110,7 @@ def _nucleus(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Keep the smallest set of most likely tokens whose share of the mass reaches `top_p` (at least one)."""
     goal = top_p * float(weights.sum())
-    head = (
-        np.argpartition(weights, weights.size - _HEAD)[weights.size - _HEAD :]
-        if weights.size > _HEAD
-        else None
-    )
+    head = np.argpartition(weights, weights.size - _HEAD)[weights.size - _HEAD :] if weights.size > _HEAD else None
     if head is None or float(weights[head].sum()) < goal:
         head = np.arange(weights.size)
     order = head[np.argsort(-weights[head], kind="stable")]

@@ -221,11 +221,7 @@ class Session:
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of 1 or more.")
         request = Request(len(ids), min(max_new_tokens, self.context - len(ids)))
-        plan = (
-            pick_tier(self.table, budget_j, request)
-            if tier is None
-            else self._forced(tier, budget_j, request)
-        )
+        plan = pick_tier(self.table, budget_j, request) if tier is None else self._forced(tier, budget_j, request)
         return Generation(
             self._run(
                 _Job(
@@ -314,9 +310,7 @@ class Session:
                 finish = "stop"
             elif produced == job.max_new_tokens:
                 finish = "length"
-            elif (
-                lower := self._next_tier(ledger, tier, cache.length, job.max_new_tokens - produced)
-            ) is None:
+            elif (lower := self._next_tier(ledger, tier, cache.length, job.max_new_tokens - produced)) is None:
                 finish = "budget"
             else:
                 tier = lower

@@ -48,9 +48,7 @@ class StopScanner:
 def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
     """Return the stop strings without duplicates; raises UsageError for an empty one or for a bare string."""
     if isinstance(stops, str):
-        raise UsageError(
-            f"stop is the string {stops!r}; expected a list of strings, for example [{stops!r}]."
-        )
+        raise UsageError(f"stop is the string {stops!r}; expected a list of strings, for example [{stops!r}].")
     for stop in stops:
         if not isinstance(stop, str) or not stop:
             raise UsageError(f"stop string {stop!r} is not a text of at least one character.")

@@ -168,8 +168,6 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
         return path.read_text(encoding="utf-8")
     value = config.get("chat_template")
     if isinstance(value, list):
-        named = {
-            item["name"]: item["template"] for item in value if isinstance(item, dict) and "name" in item
-        }
+        named = {item["name"]: item["template"] for item in value if isinstance(item, dict) and "name" in item}
         value = named.get("default")
     return value if isinstance(value, str) else None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from eopc_compiler.calibration import Domain, Split, build_calibration, default_domains, load_calib
 from eopc_runtime.errors import UsageError
 
@@ -166,9 +167,7 @@ def test_a_malformed_argument_shows_the_expected_form(spec: str) -> None:
         (b"[1]\n", "list.jsonl", "found: list"),
     ],
 )
-def test_a_bad_file_is_refused_with_its_fault(
-    tmp_path: Path, content: bytes | None, file: str, said: str
-) -> None:
+def test_a_bad_file_is_refused_with_its_fault(tmp_path: Path, content: bytes | None, file: str, said: str) -> None:
     """Each message names the file and what is wrong."""
     if content is not None:
         (tmp_path / file).write_bytes(content)

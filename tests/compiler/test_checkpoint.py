@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from eopc_compiler import checkpoint as checkpoint_module
 from eopc_compiler.checkpoint import open_checkpoint
 from eopc_compiler.config import RopeScaling
@@ -279,9 +280,7 @@ def test_an_index_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
         ({"tie_word_embeddings": True}, r"lm_head\.weight that differs"),
     ],
 )
-def test_weights_that_do_not_fit_the_config_are_refused(
-    folder: Path, changes: dict[str, Any], said: str
-) -> None:
+def test_weights_that_do_not_fit_the_config_are_refused(folder: Path, changes: dict[str, Any], said: str) -> None:
     """Missing, superfluous and misshapen tensors, and a head that is not tied after all."""
     change_config(folder, **changes)
     with pytest.raises(ModelError, match=said):
@@ -429,8 +428,9 @@ def test_a_qwen2_gguf_keeps_its_rows_and_biases(tmp_path: Path) -> None:
 
 def test_a_quantised_gguf_is_dequantised_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading in many slices equals dequantising the tensor at once."""
-    from eopc_compiler import gguf_file
     from gguf import GGMLQuantizationType, GGUFWriter, quants
+
+    from eopc_compiler import gguf_file
 
     values = np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32)
     packed = quants.quantize(values, GGMLQuantizationType.Q8_0)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+
 from eopc_compiler.config import LayerDims, RopeScaling, normalize_config, tensor_shapes
 from eopc_runtime.errors import ModelError
 
@@ -68,9 +69,7 @@ def test_missing_kv_heads_mean_plain_attention() -> None:
 def test_per_layer_lists_are_accepted() -> None:
     """Pruned checkpoints give one width per layer."""
     config = normalize_config(
-        raw_config(
-            num_attention_heads=[6, 3], num_key_value_heads=[2, 1], intermediate_size=[40, 8], head_dim=4
-        )
+        raw_config(num_attention_heads=[6, 3], num_key_value_heads=[2, 1], intermediate_size=[40, 8], head_dim=4)
     )
     assert config.layers == (LayerDims(0, 2, 40), LayerDims(1, 1, 8))
     assert config.num_attention_heads(1) == 3
@@ -104,9 +103,7 @@ def test_linear_scaling_accepts_the_old_key_type() -> None:
 
 def test_biases_follow_the_model_type() -> None:
     """qwen2 always has q, k, v biases; llama has all four or none; mistral ignores the key."""
-    qwen = normalize_config(
-        raw_config(model_type="qwen2", architectures=["Qwen2ForCausalLM"], sliding_window=8)
-    )
+    qwen = normalize_config(raw_config(model_type="qwen2", architectures=["Qwen2ForCausalLM"], sliding_window=8))
     assert (qwen.attention_bias, qwen.attention_out_bias, qwen.mlp_bias) == (True, False, False)
     llama = normalize_config(raw_config(attention_bias=True, mlp_bias=True))
     assert (llama.attention_bias, llama.attention_out_bias, llama.mlp_bias) == (True, True, True)

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+
 from eopc_runtime.bundle import Bundle, FileEntry, Manifest, file_entry, sha256_file
 from eopc_runtime.energy import EnergyTable, TierEnergy
 from eopc_runtime.errors import BundleError

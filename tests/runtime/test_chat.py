@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+
 from eopc_runtime.chat import ChatTemplate
 from eopc_runtime.errors import BundleError, PromptError
 

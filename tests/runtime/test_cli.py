@@ -17,6 +17,9 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
 from eopc_runtime.bundle import (
     Bundle,
     FileEntry,
@@ -36,8 +39,6 @@ from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
 from eopc_runtime.errors import PromptError
 from eopc_runtime.runners.base import Logits, Wanted
 from eopc_runtime.session import Session
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 258
@@ -133,9 +134,7 @@ def write_bundle(root: Path) -> Path:
         workload=Workload(8, 8),
         context=CONTEXT,
         tiers=tuple(tier_info(i) for i in range(2)),
-        files=tuple(
-            FileEntry(p.relative_to(root).as_posix(), sha256_file(p), p.stat().st_size) for p in paths
-        ),
+        files=tuple(FileEntry(p.relative_to(root).as_posix(), sha256_file(p), p.stat().st_size) for p in paths),
         tools={"torch": "2.9"},
         seed=0,
         calibration={},
@@ -230,9 +229,7 @@ def test_a_command_whose_extra_is_missing_says_how_to_install_it(
     (tmp_path / "needs_it.py").write_text(f"import {package}_that_is_missing_here.part")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(COMMANDS, "build", Entry("needs_it", "build", "Compile."))
-    monkeypatch.setitem(
-        sys.modules["eopc_runtime.cli.main"].EXTRAS, f"{package}_that_is_missing_here", "compiler"
-    )
+    monkeypatch.setitem(sys.modules["eopc_runtime.cli.main"].EXTRAS, f"{package}_that_is_missing_here", "compiler")
     result = eopc("build", "--help")
     assert result.exit_code == 1
     assert "`eopc build` needs the compiler extra" in result.output
@@ -299,9 +296,7 @@ def test_run_streams_text_to_stdout_and_a_summary_to_stderr(bundle: Path) -> Non
 
 def test_run_json_is_exactly_the_documented_object(bundle: Path) -> None:
     """--json prints one object with the documented keys and nothing else on stdout."""
-    result = eopc(
-        "run", bundle, "--prompt", "abcdefgh", "--raw", "--max-new-tokens", 4, "--budget", "7.5J", "--json"
-    )
+    result = eopc("run", bundle, "--prompt", "abcdefgh", "--raw", "--max-new-tokens", 4, "--budget", "7.5J", "--json")
     value = json.loads(result.stdout)
     assert list(value) == [
         *("text", "tier", "plan", "tiers_used", "budget_j", "energy_j", "energy_source", "finish_reason"),
@@ -342,9 +337,7 @@ def test_run_samples_when_a_filter_is_given(bundle: Path) -> None:
         (("--prompt", "a", "--raw", "--system", "s"), "--raw"),
     ],
 )
-def test_run_mistakes_are_one_error_line_on_stderr(
-    bundle: Path, options: tuple[str, ...], words: str
-) -> None:
+def test_run_mistakes_are_one_error_line_on_stderr(bundle: Path, options: tuple[str, ...], words: str) -> None:
     """Every mistake exits with 1, an empty stdout (also with --json) and one `Error:` message."""
     result = eopc("run", bundle, *options, "--json")
     assert result.exit_code == 1
@@ -469,9 +462,7 @@ def test_bench_json_has_speeds_machine_and_versions(bundle: Path) -> None:
     assert "decode tokens/s" in eopc("bench", bundle, *options).stdout
 
 
-def test_bench_of_all_tiers_runs_each_in_its_own_process(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bench_of_all_tiers_runs_each_in_its_own_process(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without --tier, every tier is a child `eopc bench --tier`, whose row is passed on."""
     commands = []
 

@@ -6,11 +6,12 @@ import json
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy, prior_energy, prior_step_s, prior_table
 from eopc_runtime.errors import BundleError, DeviceError
 from eopc_runtime.profiles import list_profiles, load_profile
-from hypothesis import given
-from hypothesis import strategies as st
 
 coefficient = st.floats(min_value=1e-9, max_value=10)
 tokens = st.integers(min_value=1, max_value=4096)

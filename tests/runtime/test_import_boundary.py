@@ -46,9 +46,7 @@ def test_every_runtime_module_imports_without_the_compiler_and_its_packages() ->
     """Nothing under eopc_runtime needs torch, transformers, onnx or the compiler, nor an engine at import."""
     done = import_all("eopc_runtime", [*COMPILER_ONLY, *LATE, "eopc_compiler"], ROOT / "runtime")
     assert done.returncode == 0, done.stderr
-    assert {"eopc_runtime.session", "eopc_runtime.cli.main", "eopc_runtime.runners.ort"} <= set(
-        done.stdout.split()
-    )
+    assert {"eopc_runtime.session", "eopc_runtime.cli.main", "eopc_runtime.runners.ort"} <= set(done.stdout.split())
 
 
 def test_every_board_module_imports_without_torch() -> None:
@@ -57,9 +55,7 @@ def test_every_board_module_imports_without_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "line", ["import torch", "from transformers import AutoConfig", "import eopc_compiler"]
-)
+@pytest.mark.parametrize("line", ["import torch", "from transformers import AutoConfig", "import eopc_compiler"])
 def test_the_check_sees_a_violation(tmp_path: Path, line: str) -> None:
     """The negative twin: one forbidden import in a nested module is caught."""
     inner = tmp_path / "sample_package" / "inner"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from eopc_runtime.energy import EnergyTable, TierEnergy
 from eopc_runtime.errors import BudgetError
 from eopc_runtime.ledger import Ledger, next_action
 from eopc_runtime.policy import Request, pick_tier
-from hypothesis import given
-from hypothesis import strategies as st
 
 price = st.floats(min_value=1e-6, max_value=5)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
 from eopc_runtime.energy import EnergyTable, TierEnergy
 from eopc_runtime.errors import BudgetError, UsageError
 from eopc_runtime.ledger import ROUNDING
 from eopc_runtime.policy import Request, pick_tier, smallest_budget_j
 from eopc_runtime.units import parse_energy
-from hypothesis import assume, given
-from hypothesis import strategies as st
 
 price = st.floats(min_value=1e-6, max_value=5)
 
@@ -22,9 +23,7 @@ def table(*tiers, margin=0.0):
         device="orin",
         source="prior",
         margin=margin,
-        tiers=tuple(
-            TierEnergy(f"t{i}", p0, p1, 0.0, s0, s1, "prior") for i, (p0, p1, s0, s1) in enumerate(tiers)
-        ),
+        tiers=tuple(TierEnergy(f"t{i}", p0, p1, 0.0, s0, s1, "prior") for i, (p0, p1, s0, s1) in enumerate(tiers)),
     )
 
 
@@ -145,9 +144,7 @@ def test_a_budget_that_is_no_positive_energy_is_refused(budget_j):
         pick_tier(LADDER, budget_j, REQUEST)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "new", "says"), [(0, 5, "no token"), (5, 0, "0 new tokens"), (5, -1, "-1 new")]
-)
+@pytest.mark.parametrize(("prompt", "new", "says"), [(0, 5, "no token"), (5, 0, "0 new tokens"), (5, -1, "-1 new")])
 def test_an_empty_request_is_refused(prompt, new, says):
     """A plan needs a prompt and something to generate."""
     with pytest.raises(UsageError, match=says):

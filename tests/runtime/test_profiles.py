@@ -6,6 +6,7 @@ import json
 from importlib.resources import files
 
 import pytest
+
 from eopc_runtime.errors import DeviceError
 from eopc_runtime.profiles import CONSTANT_UNITS, list_profiles, load_profile, parse_profile
 
@@ -55,9 +56,7 @@ def test_a_device_is_found_by_name_or_alias(name, device):
     assert load_profile(name).name == device
 
 
-@pytest.mark.parametrize(
-    ("name", "near"), [("orn", "orin"), ("rtx-4080", "rtx-4090"), ("jetson-thr", "jetson-thor")]
-)
+@pytest.mark.parametrize(("name", "near"), [("orn", "orin"), ("rtx-4080", "rtx-4090"), ("jetson-thr", "jetson-thor")])
 def test_an_unknown_device_names_the_nearest_and_the_known_ones(name, near):
     """A typing slip is answered with the name that was meant."""
     with pytest.raises(DeviceError, match=f'Did you mean "{near}"') as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from eopc_runtime.errors import ModelError, UsageError
 from eopc_runtime.sampling import SamplingParams, sample
 
@@ -49,9 +50,7 @@ def test_top_k_above_the_vocabulary_changes_nothing() -> None:
     np.testing.assert_array_equal(wide, drawn(SamplingParams(temperature=1.0)))
 
 
-@pytest.mark.parametrize(
-    ("top_p", "kept"), [(0.4, {1}), (0.79, {1, 3}), (0.9, {1, 2, 3}), (1.0, {0, 1, 2, 3})]
-)
+@pytest.mark.parametrize(("top_p", "kept"), [(0.4, {1}), (0.79, {1, 3}), (0.9, {1, 2, 3}), (1.0, {0, 1, 2, 3})])
 def test_top_p_keeps_the_smallest_set_that_reaches_the_mass(top_p: float, kept: set[int]) -> None:
     """The nucleus holds the fewest tokens whose mass reaches top_p."""
     assert set(np.flatnonzero(drawn(SamplingParams(temperature=1.0, top_p=top_p)))) == kept

@@ -11,6 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
 from eopc_runtime.bundle import Bundle, LayerInfo, Manifest, ModelInfo, TierInfo, Workload
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
 from eopc_runtime.errors import BudgetError, BundleError, PromptError, UsageError
@@ -18,10 +23,6 @@ from eopc_runtime.runners.base import Logits, Wanted
 from eopc_runtime.sampling import SamplingParams
 from eopc_runtime.session import Session
 from eopc_runtime.tokenizer import Tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
 
 CONTEXT = 64
 EOS = 257
@@ -99,9 +100,7 @@ def byte_tokenizer(chat_template: str | None = None) -> Tokenizer:
 
 def table(margin: float = 0.0) -> EnergyTable:
     """Prices whose sums are exact in floating point."""
-    tiers = tuple(
-        TierEnergy(f"t{i}", 0.0, step / 8, 0.0, step, 0.0, "calibrated") for i, step in enumerate(STEP_J)
-    )
+    tiers = tuple(TierEnergy(f"t{i}", 0.0, step / 8, 0.0, step, 0.0, "calibrated") for i, step in enumerate(STEP_J))
     return EnergyTable("fake", "calibrated", margin, tiers)
 
 
@@ -151,9 +150,7 @@ def session(script: str = "abc", *, eos: bool = False, margin: float = 0.0, **op
     """A session whose model says `script`, then EOS or the script again. The clock ticks 1 s per look."""
     tokenizer = byte_tokenizer(options.pop("template", None))
     ids = tokenizer.encode(script) + ([EOS] if eos else [])
-    return Session(
-        bundle(table(margin)), FakePool(ids, **options), tokenizer, clock=itertools.count(0.0).__next__
-    )
+    return Session(bundle(table(margin)), FakePool(ids, **options), tokenizer, clock=itertools.count(0.0).__next__)
 
 
 def test_without_a_budget_the_top_tier_does_everything() -> None:
@@ -230,9 +227,7 @@ def test_no_sequence_ever_overspends(
 ) -> None:
     """Whatever is asked, the debits stay within the budget, tiers only go down, and the reason is true."""
     try:
-        stream = session(margin=margin).stream(
-            "x" * prompt, budget=budget, max_new_tokens=wanted, tier=tier, stop=stop
-        )
+        stream = session(margin=margin).stream("x" * prompt, budget=budget, max_new_tokens=wanted, tier=tier, stop=stop)
     except BudgetError:
         return
     events = list(stream)
@@ -346,9 +341,7 @@ def test_prompts_go_through_the_template_unless_raw() -> None:
         ({"prompt": "a", "stop": [""]}, UsageError, "stop"),
     ],
 )
-def test_bad_requests_fail_before_anything_runs(
-    arguments: dict[str, Any], error: type[Exception], words: str
-) -> None:
+def test_bad_requests_fail_before_anything_runs(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
     """Every malformed request raises when it is made, also for a stream that is never read."""
     with pytest.raises(error, match=words):
         session().stream(**arguments)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from eopc_runtime.errors import UsageError
-from eopc_runtime.stopping import StopScanner
 from hypothesis import given
 from hypothesis import strategies as st
+
+from eopc_runtime.errors import UsageError
+from eopc_runtime.stopping import StopScanner
 
 
 def scan(pieces: list[str], stops: list[str]) -> tuple[str, bool]:

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from eopc_runtime.errors import BundleError, PromptError
-from eopc_runtime.tokenizer import Tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
+
+from eopc_runtime.errors import BundleError, PromptError
+from eopc_runtime.tokenizer import Tokenizer
 
 TEXT = "naïve 日本語 — 🦙🚀 end. "
 
@@ -32,9 +33,7 @@ def byte_fallback() -> Backend:
     """A SentencePiece-like tokenizer: words with a leading mark, everything else as <0xNN> bytes."""
     pieces = ["<unk>", *[f"<0x{i:02X}>" for i in range(256)], "▁", "▁hello", "▁world"]
     backend = Backend(
-        models.BPE(
-            vocab={p: i for i, p in enumerate(pieces)}, merges=[], unk_token="<unk>", byte_fallback=True
-        )
+        models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[], unk_token="<unk>", byte_fallback=True)
     )
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from eopc_runtime.errors import BudgetError
-from eopc_runtime.units import format_energy, parse_budgets, parse_energy
 from hypothesis import given
 from hypothesis import strategies as st
+
+from eopc_runtime.errors import BudgetError
+from eopc_runtime.units import format_energy, parse_budgets, parse_energy
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,8 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("bundle", type=click.Path())
 @click.option("--tier", metavar="TIER", help="Only this tier. [default: all]")
-@click.option(
-    "--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens to prefill."
-)
-@click.option(
-    "--new-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens to generate."
-)
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens to prefill.")
+@click.option("--new-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens to generate.")
 @click.option(
     "--runs",
     type=click.IntRange(min=1),

@@ -23,9 +23,7 @@ _COLUMNS = {
 
 
 @click.command()
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object, with the source of every constant."
-)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with the source of every constant.")
 def devices(as_json: bool) -> None:
     """List the devices eopc can price energy for."""
     from eopc_runtime.profiles import MARKS, list_profiles

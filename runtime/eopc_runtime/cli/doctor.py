@@ -128,8 +128,7 @@ def gpu_check(probe: Callable[[], str] | None = None) -> Check:
     if report["init"] != 0 or not report["devices"]:
         return Check("gpu", None, f"{fix} (cuInit returned {report['init']})")
     names = [
-        f"{device['name']} (sm {device['sm']}, {format_bytes(device['memory_bytes'])})"
-        for device in report["devices"]
+        f"{device['name']} (sm {device['sm']}, {format_bytes(device['memory_bytes'])})" for device in report["devices"]
     ]
     return Check("gpu", f"{', '.join(names)}, driver for CUDA {report['driver']}")
 
@@ -150,17 +149,13 @@ def nvpmodel_check(root: Path) -> Check:
             f"modes {', '.join(modes.values())}",
             "The active mode is unknown; run: sudo nvpmodel -q",
         )
-    return Check(
-        "nvpmodel", f"{modes.get(int(active[1]), 'id ' + active[1])} (of {', '.join(modes.values())})"
-    )
+    return Check("nvpmodel", f"{modes.get(int(active[1]), 'id ' + active[1])} (of {', '.join(modes.values())})")
 
 
 def sensor_check(sensors: list[Sensor]) -> Check:
     """Return the power sensors; without a readable one, joules are estimates."""
     if not sensors:
-        return Check(
-            "power sensors", None, "None in sysfs. Joules stay `prior` or `proxy`; they rank tiers, no more."
-        )
+        return Check("power sensors", None, "None in sysfs. Joules stay `prior` or `proxy`; they rank tiers, no more.")
     found = ", ".join(f"{s.kind} {s.rail}{'' if s.readable else ' (not readable)'}" for s in sensors)
     locked = [s.path for s in sensors if not s.readable]
     return Check("power sensors", found, f"Run: sudo chmod a+r {' '.join(locked)}" if locked else None)
@@ -182,9 +177,7 @@ def capacity_checks(root: Path) -> list[Check]:
         Check(
             "disk",
             f"{format_bytes(disk.free)} free of {format_bytes(disk.total)} here",
-            "Under 2 GiB is free; a bundle takes about as much as its dense model."
-            if disk.free < 2 << 30
-            else None,
+            "Under 2 GiB is free; a bundle takes about as much as its dense model." if disk.free < 2 << 30 else None,
         ),
     ]
 

@@ -22,9 +22,7 @@ _PART = 512
 
 @click.command("eval")
 @click.argument("bundle", type=click.Path())
-@click.option(
-    "--text", required=True, type=click.Path(exists=True, dir_okay=False), help="UTF-8 text to predict."
-)
+@click.option("--text", required=True, type=click.Path(exists=True, dir_okay=False), help="UTF-8 text to predict.")
 @click.option("--tier", metavar="TIER", help="Only this tier. [default: all]")
 @click.option("--ctx", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens per window.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Use only this many tokens of the text.")
@@ -50,9 +48,7 @@ def evaluate(
 
     with Session.open(bundle, threads=threads) as session:
         if ctx > session.context:
-            raise UsageError(
-                f"--ctx {ctx} is larger than this bundle's context of {session.context}; lower it."
-            )
+            raise UsageError(f"--ctx {ctx} is larger than this bundle's context of {session.context}; lower it.")
         names = session.tiers if tier is None else (session.bundle.tier(tier).tier,)
         windows = cut_windows(session.tokenizer.encode(_read(Path(text)))[:max_tokens], ctx)
         progress = Progress()
@@ -66,9 +62,7 @@ def evaluate(
         )
 
 
-def evaluate_tier(
-    session: Session, name: str, windows: Sequence[Sequence[int]], progress: Progress
-) -> dict[str, Any]:
+def evaluate_tier(session: Session, name: str, windows: Sequence[Sequence[int]], progress: Progress) -> dict[str, Any]:
     """Return {tier, perplexity, tokens} of one tier over all windows."""
     runner = session.pool.get(name)
     total, tokens = 0.0, 0
@@ -87,9 +81,7 @@ def cut_windows(ids: Sequence[int], ctx: int) -> list[list[int]]:
     from eopc_runtime.errors import PromptError
 
     if len(ids) < 2:
-        raise PromptError(
-            f"the text has {len(ids)} token(s); perplexity needs at least 2. Give a longer text."
-        )
+        raise PromptError(f"the text has {len(ids)} token(s); perplexity needs at least 2. Give a longer text.")
     if len(ids) < ctx:
         return [list(ids)]
     return [list(ids[i : i + ctx]) for i in range(0, len(ids) - ctx + 1, ctx)]

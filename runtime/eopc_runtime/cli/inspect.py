@@ -93,9 +93,7 @@ def _print(bundle: Bundle) -> None:
         if tier.note:
             click.echo(f"{tier.tier}: {tier.note}")
     click.echo()
-    print_table(
-        ("file", "size", "sha256"), [(f.path, format_bytes(f.bytes), f.sha256[:12]) for f in manifest.files]
-    )
+    print_table(("file", "size", "sha256"), [(f.path, format_bytes(f.bytes), f.sha256[:12]) for f in manifest.files])
     total = sum(entry.bytes for entry in manifest.files)
     click.echo(f"{len(manifest.files)} files, {format_bytes(total)}, all verified")
 

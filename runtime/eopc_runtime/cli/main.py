@@ -31,17 +31,13 @@ class Entry:
 
 
 COMMANDS = {
-    "build": Entry(
-        "eopc_compiler.cli.build", "build", "Compile a model into a ladder of tiers for a device."
-    ),
+    "build": Entry("eopc_compiler.cli.build", "build", "Compile a model into a ladder of tiers for a device."),
     "run": Entry("eopc_runtime.cli.run", "run", "Generate text within a joule budget."),
     "inspect": Entry("eopc_runtime.cli.inspect", "inspect", "Show what is in a bundle, and verify it."),
     "eval": Entry("eopc_runtime.cli.evaluate", "evaluate", "Measure the perplexity of a bundle's tiers."),
     "bench": Entry("eopc_runtime.cli.bench", "bench", "Measure the speed and memory of a bundle's tiers."),
     "devices": Entry("eopc_runtime.cli.devices", "devices", "List the device profiles and their constants."),
-    "doctor": Entry(
-        "eopc_runtime.cli.doctor", "doctor", "Report what this machine has and lacks, with fixes."
-    ),
+    "doctor": Entry("eopc_runtime.cli.doctor", "doctor", "Report what this machine has and lacks, with fixes."),
 }
 
 # Packages that are not in the base install, and the extra that brings each.

@@ -36,9 +36,7 @@ if TYPE_CHECKING:
     help="0 always takes the most likely token. [default: 0; 1 when --top-k, --top-p or --min-p is given]",
 )
 @click.option("--top-k", type=int, help="Sample from this many most likely tokens.")
-@click.option(
-    "--top-p", type=float, help="Sample from the fewest tokens that hold this share of the probability."
-)
+@click.option("--top-p", type=float, help="Sample from the fewest tokens that hold this share of the probability.")
 @click.option("--min-p", type=float, help="Drop tokens below this share of the best token's probability.")
 @click.option(
     "--repetition-penalty",
@@ -110,9 +108,7 @@ def summary(result: Result) -> str:
     """Return the line on stderr: plan, joules of budget and their source, tokens, speed, reason to end."""
     from eopc_runtime.units import format_energy
 
-    tiers = (
-        result.plan if len(result.tiers_used) < 3 and not _moved(result) else " then ".join(result.tiers_used)
-    )
+    tiers = result.plan if len(result.tiers_used) < 3 and not _moved(result) else " then ".join(result.tiers_used)
     of_budget = "" if result.budget_j is None else f" of {format_energy(result.budget_j)}"
     speed = "" if result.decode_tokens_per_s is None else f", {result.decode_tokens_per_s:.1f} tokens/s"
     return (

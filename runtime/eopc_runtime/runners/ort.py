@@ -163,6 +163,7 @@ class _DecodeBinding:
     write: npt.NDArray[np.int64]
     mask: npt.NDArray[Any]
     logits: npt.NDArray[np.float32]
+
     @classmethod
     def create(cls, tier: OrtTier, cache: OrtCache) -> _DecodeBinding:
         arrays: dict[str, npt.NDArray[Any]] = {
@@ -179,8 +180,14 @@ class _DecodeBinding:
             binding.bind_ortvalue_input(name, share(array))
         tier._bind_cache(binding, cache)
         binding.bind_ortvalue_output("logits", share(logits))
-        views = [arrays[n] for n in ("input_ids", "position_ids", "write_index", "attn_mask")]
-        return cls(binding, *views, logits)
+        return cls(
+            binding,
+            arrays["input_ids"],
+            arrays["position_ids"],
+            arrays["write_index"],
+            arrays["attn_mask"],
+            logits,
+        )
 
 
 class OrtPool:

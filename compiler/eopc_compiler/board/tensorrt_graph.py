@@ -1,0 +1,164 @@
+"""A tier's graph in the form TensorRT's parsers take, computing the same.
+
+A bundle's graphs are written for one shared weights.bin and for caches that grow. TensorRT asks for three things that
+ONNX Runtime does not:
+
+* the sequence dimension of a cache is a number, because its KV cache update writes into a fixed buffer;
+* an int8 or int4 constant stands directly before a DequantizeLinear, so the column pieces that a pruned tier joins are
+  joined here;
+* for the same reason the embedding's table is dequantised first and gathered from afterwards.
+
+External data that is not touched stays in weights.bin.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper
+
+from eopc_runtime.errors import BundleError
+
+CACHE_LEN = "cache_len"  # the symbolic dimension of caches and mask
+MAX_INLINE_BYTES = 2_000_000_000  # a protobuf message ends at 2 GiB; the graph itself takes a little
+STORED = {  # what weights.bin holds and a Concat may join; int4 pieces are joined after their MatMul instead
+    TensorProto.FLOAT: np.dtype(np.float32),
+    TensorProto.FLOAT16: np.dtype(np.float16),
+    TensorProto.INT8: np.dtype(np.int8),
+}
+
+
+def prepare_for_tensorrt(bundle_root: Path, graph: Path, cache_len: int) -> onnx.ModelProto:
+    """A copy of a tier's graph that TensorRT accepts; external data names stay relative to the bundle's root.
+
+    Args:
+        bundle_root: the folder weights.bin lies in.
+        graph: the tier's model.onnx, absolute or relative to the bundle's root.
+        cache_len: cache slots the engine is built for.
+
+    Raises:
+        BundleError: the file is no graph of a tier, or its joined constants exceed what one ONNX file may hold.
+    """
+    if cache_len < 2:
+        raise ValueError(f"an engine needs at least two cache slots, not {cache_len}")
+    path = bundle_root / graph
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf and onnx raise many types; none means anything to a user
+        raise BundleError(f"{path} is not a readable ONNX file ({error}). Build the bundle again.") from error
+    _fix_dimension(model.graph, cache_len, path)
+    _join_constants(model.graph, bundle_root)
+    _dequantize_before_gather(model.graph)
+    _drop_unused_initializers(model.graph)
+    _require_size(model, path)
+    return model
+
+
+def _fix_dimension(graph: Any, cache_len: int, path: Path) -> None:
+    """Put the number wherever the symbol stands; inferred shapes are dropped, TensorRT infers its own."""
+    found = False
+    for value in (*graph.input, *graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == CACHE_LEN:
+                dim.dim_value, found = cache_len, True
+    del graph.value_info[:]
+    if not found:
+        raise BundleError(f"{path} has no dimension {CACHE_LEN!r}; expected the graph of a tier with KV caches.")
+
+
+def _join_constants(graph: Any, bundle_root: Path) -> None:
+    """Replace every Concat whose inputs are all constants by one constant that lies in the graph itself."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in list(graph.node):
+        if node.op_type != "Concat" or not all(name in constants for name in node.input):
+            continue
+        parts = [constants[name] for name in node.input]
+        if any(part.data_type not in STORED and _is_external(part) for part in parts):
+            continue
+        axis = next(a.i for a in node.attribute if a.name == "axis")
+        joined = np.concatenate([_read(part, bundle_root) for part in parts], axis)
+        tensor = onnx.numpy_helper.from_array(joined, node.output[0])
+        graph.initializer.append(tensor)
+        constants[tensor.name] = tensor  # a Concat of Concats folds as well
+        graph.node.remove(node)
+
+
+def _is_external(tensor: Any) -> bool:
+    return bool(tensor.data_location == TensorProto.EXTERNAL)
+
+
+def _read(tensor: Any, bundle_root: Path) -> npt.NDArray[Any]:
+    if not _is_external(tensor):
+        return onnx.numpy_helper.to_array(tensor)  # type: ignore[no-any-return]
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    path = bundle_root / where["location"]
+    dtype, shape, offset = STORED[tensor.data_type], tuple(tensor.dims), int(where.get("offset", 0))
+    try:
+        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} does not hold {tensor.name} ({error}). Build the bundle again.") from error
+
+
+def _dequantize_before_gather(graph: Any) -> None:
+    """Turn Gather(codes), Gather(scales) -> DequantizeLinear into DequantizeLinear(codes, scales) -> Gather."""
+    constants = {tensor.name for tensor in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    for node in list(graph.node):
+        if node.op_type != "DequantizeLinear":
+            continue
+        codes = producers.get(node.input[0])
+        scales = producers.get(node.input[1])
+        chain = [node, codes, scales]
+        if scales is not None and scales.op_type == "Squeeze":  # one scale per row, its batch axis squeezed away
+            scales = producers.get(scales.input[0])
+            chain.append(scales)
+        if codes is None or scales is None or codes.op_type != "Gather" or scales.op_type != "Gather":
+            continue
+        if codes.input[0] not in constants or scales.input[0] not in constants or codes.input[1] != scales.input[1]:
+            continue
+        block = [a.i for a in node.attribute if a.name == "block_size"]
+        layout = {"axis": 1, "block_size": block[0]} if block else {"axis": 0}  # of the table [vocab, hidden]
+        table = f"{codes.input[0]}.DequantizeLinear"
+        new = [
+            helper.make_node("DequantizeLinear", [codes.input[0], scales.input[0]], [table], name=table, **layout),
+            helper.make_node("Gather", [table, codes.input[1]], [node.output[0]], name=f"{table}.Gather", axis=0),
+        ]
+        _replace(graph, node, new)
+        _remove_if_unused(graph, chain[1:])
+
+
+def _replace(graph: Any, old: Any, new: Iterable[Any]) -> None:
+    position = next(i for i, node in enumerate(graph.node) if node is old or node == old)
+    graph.node.remove(old)
+    for offset, node in enumerate(new):
+        graph.node.insert(position + offset, node)
+
+
+def _remove_if_unused(graph: Any, candidates: Iterable[Any]) -> None:
+    """Remove nodes nobody reads any more; candidates come in the order from output to input."""
+    for node in candidates:
+        uses = Counter(name for other in graph.node for name in other.input)
+        if not any(uses[name] for name in node.output):
+            graph.node.remove(node)
+
+
+def _drop_unused_initializers(graph: Any) -> None:
+    used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _require_size(model: Any, path: Path) -> None:
+    inline = sum(len(t.raw_data) for t in model.graph.initializer if not _is_external(t))
+    if inline > MAX_INLINE_BYTES:
+        raise BundleError(
+            f"{path}: {inline / 1e9:.1f} GB of joined column pieces do not fit one ONNX file of 2 GB. "
+            "Build an engine for t0, or a bundle whose tiers drop whole layers only."
+        )

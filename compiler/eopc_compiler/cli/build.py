@@ -1,0 +1,153 @@
+"""`eopc build`: parse the command line into BuildArgs, run, and print a table a person wants to read."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import click
+
+from eopc_runtime.cli.output import Progress, format_bytes, print_json, print_table
+from eopc_runtime.errors import UsageError
+from eopc_runtime.units import format_energy, parse_budgets
+
+PRECISIONS = ("auto", "fp32", "fp16", "int8", "int4")
+
+
+@click.command(name="build")
+@click.argument("model", required=False)
+@click.option("--device", default="orin", show_default=True, help="Device profile; see eopc devices.")
+@click.option("--budgets", default="5,10,20J", show_default=True, help="Joules per sequence, one tier each: 5,10,20J.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the bundle. [default: NAME.eopc]")
+@click.option("--workload", default="128:140", show_default=True, help="IN:OUT tokens the budgets refer to.")
+@click.option("--calib", multiple=True, metavar="NAME=FILE", help="More calibration text, .txt or .jsonl; repeatable.")
+@click.option(
+    "--mask", "masks", multiple=True, type=click.Path(path_type=Path), help="Given masks, largest first; repeatable."
+)
+@click.option("--precision", default="auto", show_default=True, help="auto, or a list of int4, int8, fp16, fp32.")
+@click.option("--max-added-loss", default=0.02, show_default=True, help="Nats per token a precision may add.")
+@click.option("--dialect", type=click.Choice(["primitive", "native"]), help="ONNX dialect. [default: the device's]")
+@click.option("--context", default=2048, show_default=True, help="Largest prompt plus answer, tokens.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the calibration draw.")
+@click.option("--dry-run", is_flag=True, help="Decide only: write plan.json to the output folder.")
+@click.option("--no-resume", is_flag=True, help="Start over instead of reusing finished stages.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def build(
+    model: str | None,
+    device: str,
+    budgets: str,
+    output: Path | None,
+    workload: str,
+    calib: tuple[str, ...],
+    masks: tuple[Path, ...],
+    precision: str,
+    max_added_loss: float,
+    dialect: str | None,
+    context: int,
+    seed: int,
+    dry_run: bool,
+    no_resume: bool,
+    as_json: bool,
+) -> None:
+    """Compile MODEL into a ladder of tiers for a device, one per joule budget.
+
+    MODEL is a Hugging Face folder, a hub id, or a .gguf file; left out, it is SmolLM2-135M-Instruct.
+    """
+    budgets_j = parse_budgets(budgets)
+    work, precisions = parse_workload(workload), parse_precision(precision)
+    from eopc_compiler.build import build as run_build
+    from eopc_compiler.state import BuildArgs, Workload
+
+    args = BuildArgs(
+        model=model,
+        device=device,
+        budgets_j=budgets_j,
+        output=output or Path(f"{default_name(model)}-{device}.eopc"),
+        workload=Workload(*work),
+        calib=calib,
+        masks=masks,
+        precision=precisions,
+        dialect=dialect,
+        context=context,
+        seed=seed,
+        dry_run=dry_run,
+        resume=not no_resume,
+        max_added_loss=max_added_loss,
+    )
+    progress = Progress()
+    progress.done(
+        f"eopc build: {model or 'SmolLM2-135M-Instruct (default model)'} for {device}, budgets "
+        f"{', '.join(format_energy(b) for b in budgets_j)} at {args.workload} tokens, precision {precision} -> {args.output}"
+    )
+    try:
+        result = run_build(args, progress.update if sys.stderr.isatty() else progress.done)
+    except KeyboardInterrupt:
+        progress.done("Interrupted; run the same command to resume.")
+        raise
+    content = result.to_json()
+    if as_json:
+        print_json(content)
+        return
+    rows = [
+        (
+            tier["tier"],
+            "-" if tier["budget_j"] is None else format_energy(tier["budget_j"]),
+            f"{format_energy(tier['energy_j'])} {tier['energy_source']}",
+            "-" if tier["perplexity"] is None else f"{tier['perplexity']:.2f}",
+            f"{tier['params'] / 1e6:.1f} M" if "params" in tier else "-",
+            tier["note"],
+        )
+        for tier in content["tiers"]
+    ]
+    progress.done("")
+    print_table(("tier", "budget", f"energy at {args.workload}", "perplexity", "params", "note"), rows)
+    dense = next((t["perplexity_dense"] for t in content["tiers"] if t["perplexity_dense"]), None)
+    if dense:
+        click.echo(f"perplexity of the model in PyTorch fp32, same held-out text: {dense:.2f}")
+    click.echo(
+        f"{content['precision']}, {content['dialect']} dialect; {content['elapsed_s']:.0f} s, "
+        f"peak memory {format_bytes(content['peak_rss_bytes'])}"
+    )
+    for line in next_steps(args.output, device, dry_run):
+        click.echo(line)
+
+
+def next_steps(output: Path, device: str, dry_run: bool) -> list[str]:
+    """What to type next."""
+    if dry_run:
+        return [f"plan written to {output / 'plan.json'}; without --dry-run the same command builds it"]
+    lines = [f'try it here: eopc run {output} --prompt "What is the capital of France?" --budget 10J']
+    if device != "cpu":
+        lines.append("joules are prior estimates for the device; the CPU runs the same graphs, slower")
+    return lines
+
+
+def default_name(model: str | None) -> str:
+    """A folder name from the model's."""
+    return "SmolLM2-135M-Instruct" if model is None else Path(model.rstrip("/")).name.removesuffix(".gguf")
+
+
+def parse_workload(text: str) -> tuple[int, int]:
+    """IN:OUT, both at least 1.
+
+    Raises:
+        UsageError: anything else.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    if not match or not all(int(g) for g in match.groups()):
+        raise UsageError(f"workload {text!r} is not IN:OUT tokens. Write for example --workload 128:140.")
+    return int(match[1]), int(match[2])
+
+
+def parse_precision(text: str) -> tuple[str, ...]:
+    """A comma-separated list of known precisions.
+
+    Raises:
+        UsageError: an unknown name, or none.
+    """
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    unknown = [name for name in names if name not in PRECISIONS]
+    if unknown or not names:
+        raise UsageError(f"precision {text!r} is not known. Choose from {', '.join(PRECISIONS)}.")
+    return names

@@ -1,0 +1,379 @@
+"""The build as one ordered list of passes, each a function from a state to the next one.
+
+The list is the table of contents; the comment beside a pass is the reason for its place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eopc_compiler.assemble import Storage, load_tier, write_weights
+from eopc_compiler.calibration import CalibrationSet, Split, build_calibration, default_domains, load_calib
+from eopc_compiler.checkpoint import open_checkpoint
+from eopc_compiler.config import LayerDims
+from eopc_compiler.dialects import DIALECTS
+from eopc_compiler.export import WeightTable, export_tier
+from eopc_compiler.importance import InputPeaks, LayerScores, Observations, loss_under_mask, observe
+from eopc_compiler.ladder import Mask, UnitOrder, full_mask, read_masks, tier_config, tier_cost
+from eopc_compiler.model import Llama, build_model
+from eopc_compiler.planner import TierPlan, plan_ladder, plan_masks
+from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_plan
+from eopc_compiler.state import CompileState, PrecisionTrial
+from eopc_compiler.weights import WeightReader
+from eopc_runtime import __version__
+from eopc_runtime.energy import TierEnergy, prior_energy
+from eopc_runtime.errors import DeviceError, UsageError
+
+Pass = Callable[[CompileState], CompileState]
+
+FFN_ALIGNMENT = 64  # channels; tensor cores and MatMulNBits blocks want widths in this step
+
+
+def load_checkpoint(state: CompileState) -> CompileState:
+    """Open the model: config and tensor shapes are checked, no weight is read yet."""
+    checkpoint = open_checkpoint(state.args.model)
+    checkpoint.tokenizer()  # a model without a tokenizer should fail now, not after minutes
+    widths = {d.intermediate_size for d in checkpoint.config.layers}
+    align = next(a for a in (FFN_ALIGNMENT, 32, 16, 8, 4, 2, 1) if all(w % a == 0 for w in widths))
+    return replace(state, checkpoint=checkpoint, align=align)
+
+
+def choose_dialect(state: CompileState) -> CompileState:
+    """The dialect asked for, or the device's first one that carries the precision asked for."""
+    profile, wanted = state.profile, state.args.precision
+    explicit = [p for p in wanted if p != "auto"]
+    names = [state.args.dialect] if state.args.dialect else list(profile.dialects)
+    if not set(names) <= set(profile.dialects):
+        raise DeviceError(f"{profile.name} takes the {' or '.join(profile.dialects)} dialect, not {names[0]}.")
+    for name in names:
+        if all(p in profile.precisions_for(name) for p in explicit):
+            if name != profile.dialects[0]:
+                state.say(f"{'/'.join(wanted)} needs the {name} dialect on {profile.name} (see eopc devices)")
+            return replace(state, dialect=DIALECTS[name])
+    for precision in explicit:  # raises for the one that is not to be had, with what is
+        profile.precision(precision, names[0])
+    raise DeviceError(f"no dialect of {profile.name} carries all of {', '.join(explicit)}.")
+
+
+def read_calibration(state: CompileState) -> CompileState:
+    """Token windows of every domain, from three splits that share no document."""
+    assert state.checkpoint is not None
+    args, tokenizer = state.args, state.checkpoint.tokenizer()
+    domains = (*default_domains(), *load_calib(list(args.calib)))
+
+    def windows(split: Split, count: int) -> CalibrationSet:
+        length, seed = args.calibration_length, args.seed
+        return build_calibration(tokenizer, domains, count, length, seed, split, allow_fewer=True)
+
+    n = args.calibration_windows
+    return replace(
+        state,
+        calibration=windows("calibration", n),
+        selection=windows("selection", max(2, n // 4)),
+        heldout=windows("heldout", max(2, n // 2)),
+    )
+
+
+def observe_dense(state: CompileState) -> CompileState:
+    """One pass of the calibration text through the dense model: unit scores, input peaks, held-out loss."""
+    assert state.checkpoint and state.calibration and state.heldout
+    tokens, heldout = state.calibration.tokens, state.heldout.domains
+    inputs = {
+        "model": state.checkpoint.fingerprint,
+        "text": state.calibration.fingerprint,
+        "heldout": state.heldout.fingerprint,
+    }
+
+    def produce(path: Path) -> None:
+        model = dense_model(state)
+        seen = observe(model, batches(tokens), _counter(state, "observing the dense model"))
+        losses = domain_losses(state, model, heldout)
+        save_observations(path, seen, losses)
+
+    path = state.cache.get("observe", inputs, ".npz", produce)
+    observations, losses = load_observations(path)
+    orders = tuple(s.order() for s in observations.scores)
+    return replace(state, observations=observations, orders=orders, dense_loss=losses)
+
+
+def choose_precision(state: CompileState) -> CompileState:
+    """The cheapest precision in joules whose added loss on held-out-from-calibration text is within the bound."""
+    assert state.dialect is not None
+    allowed = state.profile.precisions_for(state.dialect.name)
+    wanted = allowed if "auto" in state.args.precision else state.args.precision
+    full = full_mask(state.config)
+    priced = []
+    for precision in wanted:
+        storage = storage_for(state, precision)
+        if precision == "int4" and storage.blocks[4] is None:
+            continue  # no block divides this model's widths
+        priced.append((reference_energy(state, full, storage), precision, storage))
+    if not priced:
+        raise UsageError("int4 needs input widths that are multiples of 32; choose --precision int8.")
+    trials, chosen = [], None
+    for energy_j, precision, storage in sorted(priced, key=lambda row: row[0]):
+        if chosen is not None or len(priced) == 1 or storage.bits is None:
+            added = None  # needless: already decided, nothing to decide, or exact
+        else:
+            state.say(f"trying {precision} ({energy_j:.3g} J dense at the reference workload)")
+            added = added_loss(state, storage)
+        take = chosen is None and (added is None or max(added.values()) <= state.args.max_added_loss)
+        if take:
+            chosen = storage
+        trials.append(PrecisionTrial(precision, energy_j, added, take))
+    if chosen is None:
+        raise UsageError(
+            f"no precision of {', '.join(wanted)} stays within {state.args.max_added_loss} nats of the dense model. "
+            f"Add int8 or fp16 to --precision, or raise --max-added-loss."
+        )
+    return replace(state, storage=chosen, trials=tuple(trials))
+
+
+def plan_tiers(state: CompileState) -> CompileState:
+    """Decide what every tier keeps, so that its price at the reference workload is within its budget."""
+    assert state.storage and state.observations and state.selection and state.checkpoint
+    storage, scores, orders = state.storage, state.observations.scores, state.orders
+    tokens = state.selection.tokens
+    full = full_mask(state.config)
+
+    def price(mask: Mask) -> float:
+        return reference_energy(state, mask, storage)
+
+    if state.args.masks:
+        orders, masks = read_masks(state.args.masks, state.config, state.align)
+        return replace(state, orders=orders, plan=plan_masks(full, masks, state.args.budgets_j, price))
+    inputs = {
+        "model": state.checkpoint.fingerprint,
+        "observed": [asdict(s) for s in scores],
+        "text": state.selection.fingerprint,
+        "budgets": state.args.budgets_j,
+        "dense_j": price(full),  # stands for device, workload, precision and dialect
+        "halves_j": price(Mask(full.layers[::2])),
+        "align": state.align,
+    }
+
+    def produce(path: Path) -> None:
+        model = dense_model(state)
+
+        def loss(mask: Mask) -> float:
+            return loss_under_mask(model, batches(tokens), mask, orders, state.config)
+
+        tiers = plan_ladder(full, state.args.budgets_j, scores, orders, price, loss, state.align, state.say)
+        path.write_text(json.dumps([asdict(t) for t in tiers]), encoding="utf-8")
+
+    path = state.cache.get("plan", inputs, ".json", produce)
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    tiers = [
+        TierPlan(
+            **{
+                **r,
+                "mask": Mask(tuple(LayerDims(**d) for d in r["mask"]["layers"])),
+                "considered": tuple(r["considered"]),
+            }
+        )
+        for r in rows
+    ]
+    return replace(state, plan=tuple(tiers))
+
+
+def write_plan_only(state: CompileState) -> CompileState:
+    """Write plan.json; with --dry-run the build ends here."""
+    write_plan(state)
+    return state
+
+
+def store_weights(state: CompileState) -> CompileState:
+    """Write weights.bin: every tensor of the ladder once."""
+    assert state.storage and state.checkpoint and state.calibration
+    storage, masks = state.storage, [t.mask for t in state.plan]
+    inputs = {
+        "version": __version__,
+        "model": state.checkpoint.fingerprint,
+        "orders": [asdict(o) for o in state.orders],
+        "masks": [asdict(m) for m in masks],
+        "storage": asdict(storage),
+        "text": state.calibration.fingerprint,
+        "context": state.args.context,
+    }
+
+    def produce(path: Path) -> None:
+        path.mkdir()
+        table, histogram = write_tier_weights(state, path / "weights.bin", state.orders, masks, storage)
+        content = {"entries": table.to_json(), "bytes": histogram}
+        (path / "table.json").write_text(json.dumps(content), encoding="utf-8")
+
+    folder = state.cache.get("weights", inputs, "", produce)
+    content = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+    table = WeightTable.from_json(content["entries"])
+    return replace(state, weights=folder / "weights.bin", table=table, bytes_by_type=content["bytes"])
+
+
+def export_graphs(state: CompileState) -> CompileState:
+    """Trace and write every tier's graph."""
+    assert state.dialect and state.storage and state.table and state.weights
+    graphs = []
+    for index, tier in enumerate(state.plan):
+        config = tier_config(state.config, tier.mask)
+        inputs = {
+            "version": __version__,
+            "torch": torch.__version__,
+            "config": asdict(config),
+            "dialect": state.dialect.name,
+            "dtype": state.storage.dtype,
+            "weights": state.weights.parent.name,
+            "context": state.args.context,
+        }
+
+        def produce(path: Path, config: object = config) -> None:
+            assert state.dialect and state.storage and state.table
+            export_tier(config, state.dialect, state.table, state.storage.dtype, state.args.context, path)  # type: ignore[arg-type]
+
+        state.say(f"exporting t{index} of t0..t{len(state.plan) - 1} ({state.dialect.name} dialect)")
+        graphs.append(state.cache.get(f"graph-t{index}", inputs, ".onnx", produce))
+    return replace(state, graphs=tuple(graphs))
+
+
+PASSES: tuple[Pass, ...] = (
+    load_checkpoint,
+    choose_dialect,  # before any work: a precision the device cannot carry is refused here
+    read_calibration,
+    observe_dense,  # before slicing: scores refer to original units
+    choose_precision,  # before planning: joules depend on bytes per weight
+    plan_tiers,
+    write_plan_only,  # the end of --dry-run
+    store_weights,  # before graphs: they point into it
+    export_graphs,
+    stage_bundle,  # before checks: what is checked is the bundle as it ships
+    check_and_measure,  # parity gate, then perplexity through the runtime itself
+)
+
+
+def run_passes(state: CompileState, passes: tuple[Pass, ...] = PASSES) -> CompileState:
+    """Run the list in order; --dry-run stops after the plan is written."""
+    for step in passes:
+        state.say(step.__name__.replace("_", " "))
+        state = step(state)
+        if state.args.dry_run and step is write_plan_only:
+            break
+    return state
+
+
+def storage_for(state: CompileState, precision: str) -> Storage:
+    """How a precision is stored for this model, device and dialect."""
+    assert state.dialect is not None
+    config = state.config
+    q_widths = {d.num_key_value_heads * config.query_group_size * config.head_dim for d in config.layers}
+    widths = {config.hidden_size, config.query_group_size * config.head_dim, state.align, *q_widths}
+    return Storage.choose(precision, state.profile.compute_dtype, state.dialect, widths)
+
+
+def tier_energy(state: CompileState, mask: Mask, storage: Storage, name: str = "t0") -> TierEnergy:
+    """The prior price of a tier on the device."""
+    cost = tier_cost(state.config, mask, storage.bytes_per_weight, {"float32": 4, "float16": 2}[storage.dtype])
+    return prior_energy(state.profile, name, cost, storage.precision)
+
+
+def reference_energy(state: CompileState, mask: Mask, storage: Storage) -> float:
+    """Joules of the reference workload, both phases on this tier."""
+    work = state.args.workload
+    return tier_energy(state, mask, storage).sequence_j(work.prompt_tokens, work.new_tokens)
+
+
+def added_loss(state: CompileState, storage: Storage) -> dict[str, float]:
+    """Nats per token that quantising the dense model adds, by domain, on the selection split."""
+    assert state.selection is not None
+    full = full_mask(state.config)
+    folder = state.cache.folder / f"trial-{storage.precision}"
+    folder.mkdir(exist_ok=True)
+    try:
+        table, _ = write_tier_weights(state, folder / "weights.bin", state.orders, [full], storage)
+        model = load_tier(state.config, table, WeightReader(folder / "weights.bin"), state.args.context)
+        quantized = domain_losses(state, model, state.selection.domains, deployed=True)
+        del model
+    finally:
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    dense = domain_losses(state, dense_model(state), state.selection.domains)
+    return {name: quantized[name] - dense[name] for name in dense}
+
+
+def write_tier_weights(
+    state: CompileState, path: Path, orders: tuple[UnitOrder, ...], masks: list[Mask], storage: Storage
+) -> tuple[WeightTable, dict[str, int]]:
+    """`write_weights` with everything the state knows."""
+    assert state.checkpoint and state.calibration
+    return write_weights(
+        path,
+        state.config,
+        state.checkpoint.tensor,
+        orders,
+        masks,
+        storage,
+        state.args.context,
+        state.observations,
+        batches(state.calibration.tokens),
+        _counter(state, f"writing {storage.precision} weights"),
+    )
+
+
+def dense_model(state: CompileState) -> Llama:
+    """The whole model in fp32, checkpoint form."""
+    assert state.checkpoint is not None
+    tensors = {name: state.checkpoint.tensor(name) for name in state.checkpoint.tensor_names}
+    return build_model(state.config, tensors, state.args.context)
+
+
+def domain_losses(
+    state: CompileState, model: Llama, domains: tuple[tuple[str, Tensor], ...], deployed: bool = False
+) -> dict[str, float]:
+    """Mean next-token loss per domain, nats; `deployed` models have their units sorted already."""
+    config = state.config
+    plain = tuple(
+        UnitOrder(tuple(range(d.num_key_value_heads)), tuple(range(d.intermediate_size))) for d in config.layers
+    )
+    orders = plain if deployed or not state.orders else state.orders
+    return {n: loss_under_mask(model, batches(t), full_mask(config), orders, config) for n, t in domains}
+
+
+def batches(tokens: Tensor, size: int = 4) -> list[Tensor]:
+    """Windows [n, S] in batches of a few sequences, so that activations stay small."""
+    return list(torch.split(tokens, size))
+
+
+def save_observations(path: Path, seen: Observations, losses: dict[str, float]) -> None:
+    """Write observations as plain arrays, no pickle."""
+    arrays = {"head_peaks": seen.head_peaks.numpy()}
+    for i, (score, peak) in enumerate(zip(seen.scores, seen.peaks, strict=True)):
+        arrays[f"{i}.kv_groups"], arrays[f"{i}.ffn_channels"] = np.array(score.kv_groups), np.array(score.ffn_channels)
+        arrays[f"{i}.influence"] = np.array(score.influence)
+        arrays |= {f"{i}.{n}": getattr(peak, n).numpy() for n in ("qkv", "o", "gate_up", "down")}
+    arrays |= {f"loss.{name}": np.array(value) for name, value in losses.items()}
+    with path.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy types **kwds as bool
+
+
+def load_observations(path: Path) -> tuple[Observations, dict[str, float]]:
+    """Read what `save_observations` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    count = sum(name.endswith(".influence") for name in arrays)
+    scores, peaks = [], []
+    for i in range(count):
+        groups, channels = arrays[f"{i}.kv_groups"].tolist(), arrays[f"{i}.ffn_channels"].tolist()
+        scores.append(LayerScores(tuple(groups), tuple(channels), float(arrays[f"{i}.influence"])))
+        peaks.append(InputPeaks(*(torch.from_numpy(arrays[f"{i}.{n}"]) for n in ("qkv", "o", "gate_up", "down"))))
+    losses = {n.removeprefix("loss."): float(v) for n, v in arrays.items() if n.startswith("loss.")}
+    return Observations(tuple(scores), tuple(peaks), torch.from_numpy(arrays["head_peaks"])), losses
+
+
+def _counter(state: CompileState, what: str) -> Callable[[int, int], None]:
+    return lambda done, total: state.say(f"{what}: {done}/{total} layers")
+

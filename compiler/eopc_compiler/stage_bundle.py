@@ -1,0 +1,278 @@
+"""The bundle on disk: staged beside its final place, checked there, then renamed.
+
+Nothing is moved into place before every graph has computed what PyTorch computes: prefill, then 16 cached decode steps,
+teacher-forced. The check runs the staged bundle through the runtime that will ship it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from eopc_compiler.assemble import load_tier
+from eopc_compiler.export import WEIGHTS_FILE
+from eopc_compiler.ladder import keep_shares, mask_to_json, parameter_count, tier_config, tier_cost
+from eopc_compiler.state import CompileState
+from eopc_compiler.weights import WeightReader
+from eopc_runtime import __version__
+from eopc_runtime.bundle import (
+    Bundle,
+    LayerInfo,
+    Manifest,
+    ModelInfo,
+    TierInfo,
+    Workload,
+    file_entry,
+)
+from eopc_runtime.energy import EnergyTable, prior_table
+from eopc_runtime.errors import ParityError
+from eopc_runtime.runners.ort import OrtTier
+
+PARITY_STEPS = 16
+PARITY_PROMPT = 48
+# Largest logit error over largest logit. fp32 graphs differ by summation order (seen: 6e-6 on 30 layers); fp16 keeps
+# 11 bits through every operator (seen: 2e-3). A wrong graph (mask, rotary, cache slot, slicing) is off by far more.
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
+
+
+def write_plan(state: CompileState) -> Path:
+    """Write plan.json: what was decided and why. Beside the output for --dry-run, in the work folder otherwise."""
+    assert state.storage and state.dialect and state.checkpoint
+    dense = state.plan[0]
+    content = {
+        "schema": 1,
+        "model": state.checkpoint.name,
+        "device": state.profile.name,
+        "dialect": state.dialect.name,
+        "workload": asdict(state.args.workload),
+        "energy_source": state.profile.energy_source,
+        "precision": {
+            "chosen": state.storage.precision,
+            "max_added_loss": state.args.max_added_loss,
+            "trials": [asdict(t) for t in state.trials],
+        },
+        "tiers": [
+            {
+                "tier": f"t{i}",
+                "budget_j": t.budget_j,
+                "energy_j": t.energy_j,
+                "energy_saved_j": dense.energy_j - t.energy_j,
+                "selection_loss": t.loss,
+                "loss_added": t.loss - dense.loss,
+                "note": t.note,
+                "keep": keep_shares(state.config, t.mask),
+                "layers_removed": sorted(
+                    {d.source_layer for d in dense.mask.layers} - {d.source_layer for d in t.mask.layers}
+                ),
+                "considered": list(t.considered),
+            }
+            for i, t in enumerate(state.plan)
+        ],
+    }
+    path = state.args.output / "plan.json" if state.args.dry_run else state.cache.folder / "plan.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return path
+
+
+def stage_bundle(state: CompileState) -> CompileState:
+    """Lay the bundle out in a temporary sibling of its final place."""
+    assert state.checkpoint and state.weights and state.storage
+    root = state.args.output.with_name(f".{state.args.output.name}.staged-{os.getpid()}")
+    shutil.rmtree(root, ignore_errors=True)
+    (root / "tiers").mkdir(parents=True)
+    place(state.weights, root / WEIGHTS_FILE)
+    shutil.copy(state.cache.folder / "plan.json", root / "plan.json")
+    for i, (tier, graph) in enumerate(zip(state.plan, state.graphs, strict=True)):
+        folder = root / "tiers" / f"t{i}"
+        folder.mkdir()
+        shutil.copy(graph, folder / "model.onnx")
+        mask = mask_to_json(f"t{i}", tier.mask, state.orders)
+        (folder / "mask.json").write_text(json.dumps(mask), encoding="utf-8")
+    table = energy_table(state)
+    (root / "energy.json").write_text(json.dumps(table.to_json(), indent=1), encoding="utf-8")
+    state.checkpoint.save_tokenizer(root / "tokenizer")
+    write_manifest(root, manifest(state, root, table))
+    return replace(state, staged=root)
+
+
+def check_and_measure(state: CompileState) -> CompileState:
+    """The parity gate and the perplexities, then the final manifest.
+
+    Raises:
+        ParityError: a graph does not compute what the PyTorch model computes.
+    """
+    assert state.staged and state.table and state.weights and state.storage and state.heldout
+    bundle = Bundle.open(state.staged, verify=False)
+    reader, infos = WeightReader(state.weights), []
+    dense = math.exp(sum(state.dense_loss.values()) / len(state.dense_loss))
+    for tier, info in zip(state.plan, bundle.manifest.tiers, strict=True):
+        state.say(f"checking {info.tier} against PyTorch, {PARITY_STEPS} cached steps")
+        config = tier_config(state.config, tier.mask)
+        reference = load_tier(config, state.table, reader, state.args.context)
+        tokens = state.heldout.tokens[0, : PARITY_PROMPT + PARITY_STEPS].tolist()
+        with torch.no_grad():
+            expected = reference.score(torch.tensor([tokens]))[0].numpy()
+        del reference
+        parity = check_parity(bundle, info, tokens, expected, state.storage.dtype)
+        state.say(f"measuring the perplexity of {info.tier}")
+        losses = {name: runtime_loss(bundle, info, windows) for name, windows in state.heldout.domains}
+        infos.append(
+            replace(
+                info,
+                parity=parity,
+                perplexity=math.exp(sum(losses.values()) / len(losses)),
+                perplexity_dense=dense,
+                perplexity_by_domain={name: math.exp(value) for name, value in losses.items()},
+            )
+        )
+    final = replace(bundle.manifest, tiers=tuple(infos))
+    write_manifest(state.staged, final)
+    return replace(state, tiers=tuple(final.to_json()["tiers"]))
+
+
+def check_parity(
+    bundle: Bundle, info: TierInfo, tokens: list[int], expected: np.ndarray[Any, Any], dtype: str
+) -> dict[str, object]:
+    """Compare a tier with PyTorch's logits [len(tokens), vocab]: prefill, then one cached step per token.
+
+    Returns:
+        The largest error as a share of the largest logit, with exact kernels (gated) and with the kernels the
+        runtime uses (reported: 8-bit activations are a choice, not a bug), and the tolerance.
+
+    Raises:
+        ParityError: the exact error is above the tolerance.
+    """
+    errors = {}
+    for kernels, exact in (("exact", True), ("runtime", False)):
+        runner = OrtTier(bundle, info, exact=exact)
+        cache = runner.new_cache()
+        rows = [runner.forward(cache, tokens[:PARITY_PROMPT], logits="all")]
+        rows += [runner.forward(cache, [token]).copy() for token in tokens[PARITY_PROMPT:]]
+        errors[kernels] = float(np.abs(np.concatenate(rows) - expected).max() / np.abs(expected).max())
+    if not errors["exact"] <= TOLERANCE[dtype]:
+        raise ParityError(
+            f"{info.tier}: the exported graph differs from PyTorch by {errors['exact']:.2e} of the largest logit "
+            f"(allowed: {TOLERANCE[dtype]:.0e}). The bundle was not written; please report the model and versions."
+        )
+    return {
+        "max_logit_error": errors["exact"],
+        "max_logit_error_runtime_kernels": errors["runtime"],
+        "tolerance": TOLERANCE[dtype],
+        "prefill_tokens": PARITY_PROMPT,
+        "decode_steps": len(tokens) - PARITY_PROMPT,
+    }
+
+
+def runtime_loss(bundle: Bundle, info: TierInfo, windows: torch.Tensor) -> float:
+    """Mean next-token loss of windows [n, S] through the runtime, nats."""
+    runner = OrtTier(bundle, info)
+    total, count = 0.0, 0
+    for window in windows:
+        logits = torch.from_numpy(runner.forward(runner.new_cache(), window.tolist(), logits="all"))
+        total += float(torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="sum"))
+        count += len(window) - 1
+    return total / count
+
+
+def energy_table(state: CompileState) -> EnergyTable:
+    """Prior prices of every tier on the device."""
+    assert state.storage is not None
+    cache_bytes = {"float32": 4, "float16": 2}[state.storage.dtype]
+    costs = {
+        f"t{i}": tier_cost(state.config, t.mask, state.storage.bytes_per_weight, cache_bytes)
+        for i, t in enumerate(state.plan)
+    }
+    return prior_table(state.profile, costs, state.storage.precision, 0.0)
+
+
+def manifest(state: CompileState, root: Path, table: EnergyTable) -> Manifest:
+    """The manifest of a staged bundle, before anything is measured."""
+    assert state.checkpoint and state.storage and state.dialect and state.calibration
+    config, work = state.config, state.args.workload
+    cache_bytes = {"float32": 4, "float16": 2}[state.storage.dtype]
+    tiers = tuple(
+        TierInfo(
+            tier=f"t{i}",
+            budget_j=t.budget_j,
+            energy_j=table.plan_price_j(i, i, work.prompt_tokens, work.new_tokens),
+            energy_source=table.source,
+            perplexity=None,
+            perplexity_dense=None,
+            perplexity_by_domain={},
+            params=parameter_count(config, t.mask),
+            keep=keep_shares(config, t.mask),
+            layers=tuple(LayerInfo(d.source_layer, d.num_key_value_heads, d.intermediate_size) for d in t.mask.layers),
+            cost=tier_cost(config, t.mask, state.storage.bytes_per_weight, cache_bytes),
+            graph=f"tiers/t{i}/model.onnx",
+            mask=f"tiers/t{i}/mask.json",
+            note=t.note,
+            parity={},
+        )
+        for i, t in enumerate(state.plan)
+    )
+    files = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and p.name != "manifest.json")
+    return Manifest(
+        eopc_version=__version__,
+        model=ModelInfo(
+            name=state.checkpoint.name,
+            source=state.checkpoint.name if Path(state.checkpoint.source).exists() else state.checkpoint.source,
+            model_type=config.model_type,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            head_dim=config.head_dim,
+            num_hidden_layers=len(config.layers),
+            max_position_embeddings=config.max_position_embeddings,
+            bos_token_id=config.bos_token_id,
+            eos_token_ids=config.eos_token_ids,
+        ),
+        device=state.profile.name,
+        dialect=state.dialect.name,
+        opset=state.dialect.opset,
+        precision=state.storage.precision,
+        compute_dtype=state.storage.dtype,
+        workload=Workload(work.prompt_tokens, work.new_tokens),
+        context=min(state.args.context, config.max_position_embeddings),
+        tiers=tiers,
+        files=tuple(file_entry(root, name) for name in files),
+        tools={n: importlib.metadata.version(n) for n in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")},
+        seed=state.args.seed,
+        calibration={
+            "domains": list(state.calibration.names),
+            "windows_per_domain": state.args.calibration_windows,
+            "window_tokens": state.args.calibration_length,
+            "sha256": state.calibration.fingerprint,
+            "weight_bytes": state.bytes_by_type,
+        },
+    )
+
+
+def write_manifest(root: Path, content: Manifest) -> None:
+    """Write manifest.json."""
+    (root / "manifest.json").write_text(json.dumps(content.to_json(), indent=1), encoding="utf-8")
+
+
+def place(source: Path, target: Path) -> None:
+    """Hard-link a large file, or copy it where links are not to be had."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
+
+
+def move_into_place(staged: Path, output: Path) -> None:
+    """Rename the staged bundle to its name; a bundle that was there is replaced, and lost only after that worked."""
+    old = output.with_name(f".{output.name}.old-{os.getpid()}")
+    if output.exists():
+        output.rename(old)
+    staged.rename(output)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,97 @@
+"""What a build was asked to do, and what it knows so far: two frozen records that passes read and extend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eopc_compiler.assemble import Storage
+from eopc_compiler.cache import StageCache
+from eopc_compiler.calibration import CalibrationSet
+from eopc_compiler.checkpoint import Checkpoint
+from eopc_compiler.config import LlamaConfig
+from eopc_compiler.dialects import Dialect
+from eopc_compiler.export import WeightTable
+from eopc_compiler.importance import Observations
+from eopc_compiler.ladder import UnitOrder
+from eopc_compiler.planner import TierPlan
+from eopc_runtime.profiles import DeviceProfile
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The sequence budgets refer to: tokens in, tokens out."""
+
+    prompt_tokens: int = 128
+    new_tokens: int = 140
+
+    def __str__(self) -> str:
+        return f"{self.prompt_tokens}:{self.new_tokens}"
+
+
+@dataclass(frozen=True, slots=True)
+class BuildArgs:
+    """Everything `eopc build` can be told; the CLI only parses into it."""
+
+    model: str | None = None
+    device: str = "orin"
+    budgets_j: tuple[float, ...] = (20.0, 10.0, 5.0)
+    output: Path = Path("bundle")
+    workload: Workload = Workload()
+    calib: tuple[str, ...] = ()
+    masks: tuple[Path, ...] = ()
+    precision: tuple[str, ...] = ("auto",)
+    dialect: str | None = None
+    context: int = 2048
+    seed: int = 0
+    dry_run: bool = False
+    resume: bool = True
+    max_added_loss: float = 0.02  # nats per token that `--precision auto` may spend on the worst domain
+    calibration_windows: int = 8  # per domain
+    calibration_length: int = 256  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionTrial:
+    """One candidate of `--precision`: its price, and the loss it adds to the dense model where that was measured."""
+
+    precision: str
+    energy_j: float
+    added_loss: dict[str, float] | None  # by domain; None where a cheaper candidate made measuring needless
+    chosen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CompileState:
+    """What is known after a pass; every pass returns a new one."""
+
+    args: BuildArgs
+    cache: StageCache
+    profile: DeviceProfile
+    say: Callable[[str], None]  # progress: what is going on now
+    checkpoint: Checkpoint | None = None
+    calibration: CalibrationSet | None = None
+    selection: CalibrationSet | None = None
+    heldout: CalibrationSet | None = None
+    observations: Observations | None = None
+    orders: tuple[UnitOrder, ...] = ()
+    dialect: Dialect | None = None
+    storage: Storage | None = None
+    align: int = 64
+    trials: tuple[PrecisionTrial, ...] = ()
+    plan: tuple[TierPlan, ...] = ()
+    dense_loss: dict[str, float] = field(default_factory=dict)  # nats per token by domain, held out
+    weights: Path | None = None
+    table: WeightTable | None = None
+    bytes_by_type: dict[str, int] = field(default_factory=dict)
+    graphs: tuple[Path, ...] = ()
+    staged: Path | None = None  # the bundle before it is renamed into place
+    tiers: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The dense model's config."""
+        assert self.checkpoint is not None, "load_checkpoint comes first"
+        return self.checkpoint.config
