@@ -63,11 +63,16 @@ class BuildResult:
         }
 
 
-def build(args: BuildArgs, say: Callable[[str], None] = lambda _text: None) -> BuildResult:
+def build(
+    args: BuildArgs,
+    say: Callable[[str], None] = lambda _text: None,
+    tick: Callable[[str], None] = lambda _text: None,
+) -> BuildResult:
     """Compile a checkpoint into a bundle.
 
     Args:
         say: called with one line whenever something new begins.
+        tick: called with a count that replaces the one before.
 
     Raises:
         EopcError: any user mistake; nothing is written then, and finished stages stay for a resume.
@@ -78,7 +83,7 @@ def build(args: BuildArgs, say: Callable[[str], None] = lambda _text: None) -> B
         raise UsageError(f"the workload {args.workload} does not fit --context {args.context}. Raise --context.")
     profile = load_profile(args.device)
     cache = StageCache(args.output.with_name(f".{args.output.name}.work"), args.resume)
-    state = CompileState(args, cache, profile, say)
+    state = CompileState(args, cache, profile, say, tick)
     try:
         state = run_passes(state)
         if state.staged is not None:

@@ -188,6 +188,7 @@ def attach_weights(model: ir.Model, config: LlamaConfig, dialect: Dialect, table
         else:
             builder.replace(value, builder.load(entry, dims, name))
         del model.graph.initializers[value.name]
+    model.graph.sort()  # ONNX wants producers before consumers
 
 
 class _Builder:

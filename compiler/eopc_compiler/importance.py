@@ -79,9 +79,9 @@ def observe(model: Llama, batches: Sequence[Tensor], report: Report | None = Non
         channels = _energy(inputs["down"], mlp.down_proj.weight)
         scores.append(
             LayerScores(
-                tuple((per_group / heads.sum()).tolist()),
-                tuple((channels / channels.sum()).tolist()),
-                1.0 - float(cosines.mean()),
+                _shares(per_group),
+                _shares(channels),
+                max(0.0, 1.0 - float(cosines.mean())),  # rounding may put a cosine above 1
             )
         )
         peaks.append(InputPeaks(**{name: _peaks(values) for name, values in inputs.items()}))
@@ -168,6 +168,11 @@ def _energy(inputs: Sequence[Tensor], weight: Tensor) -> Tensor:
     moment = sum(x.double().pow(2).sum(0) for x in inputs)
     assert isinstance(moment, Tensor)
     return moment * weight.double().pow(2).sum(0)
+
+
+def _shares(energy: Tensor) -> tuple[float, ...]:
+    """Energies as shares of their sum; all zero where nothing reaches the output."""
+    return tuple((energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)).tolist())
 
 
 def _peaks(inputs: Sequence[Tensor]) -> Tensor:

@@ -375,5 +375,4 @@ def load_observations(path: Path) -> tuple[Observations, dict[str, float]]:
 
 
 def _counter(state: CompileState, what: str) -> Callable[[int, int], None]:
-    return lambda done, total: state.say(f"{what}: {done}/{total} layers")
-
+    return lambda done, total: state.tick(f"{what}: {done}/{total} layers")

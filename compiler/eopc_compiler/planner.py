@@ -65,7 +65,7 @@ def plan_ladder(
         if floor > budget:
             raise BudgetError(
                 f"no tier of this model fits {format_energy(budget)} at the reference workload: the smallest needs "
-                f"{format_energy(floor)}. Raise that budget, or shorten --workload."
+                f"{format_energy(floor, round_up=True)}. Raise that budget, or shorten --workload."
             )
         if report:
             report(f"fitting {format_energy(budget)}")
@@ -87,7 +87,7 @@ def plan_masks(full: Mask, masks: Sequence[Mask], budgets_j: Sequence[float], pr
         budget, joules = below[i] if i < len(below) else None, price(mask)
         if budget is not None and joules > budget:
             raise BudgetError(
-                f"mask {i + 1} needs {format_energy(joules)} at the reference workload, above its budget of "
+                f"mask {i + 1} needs {format_energy(joules, round_up=True)} at the reference workload, above its budget of "
                 f"{format_energy(budget)}. Give a smaller mask, or raise --budgets."
             )
         tiers.append(TierPlan(budget, mask, joules, 0.0, "mask given"))

@@ -77,8 +77,9 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, block: int, scale_dtype: to
     rows = weight.shape[0]
     work, hessian = weight.clone(), hessian.double().clone()
     dead = hessian.diagonal() == 0
-    hessian[dead, dead] = 1.0  # an input that never fires constrains nothing
-    hessian.diagonal().add_(GPTQ_DAMPING * hessian.diagonal().mean())
+    typical = 1.0 if dead.all() else float(hessian.diagonal()[~dead].mean())
+    hessian[dead, dead] = typical  # an input that never fires constrains nothing
+    hessian.diagonal().add_(GPTQ_DAMPING * typical)
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
     low, high = LIMITS[bits]
     codes = torch.empty_like(work, dtype=torch.int8)

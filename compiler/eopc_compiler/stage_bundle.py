@@ -13,7 +13,7 @@ import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -137,7 +137,7 @@ def check_and_measure(state: CompileState) -> CompileState:
         )
     final = replace(bundle.manifest, tiers=tuple(infos))
     write_manifest(state.staged, final)
-    return replace(state, tiers=tuple(final.to_json()["tiers"]))
+    return replace(state, tiers=tuple(manifest_tiers(final)))
 
 
 def check_parity(
@@ -259,6 +259,11 @@ def manifest(state: CompileState, root: Path, table: EnergyTable) -> Manifest:
 def write_manifest(root: Path, content: Manifest) -> None:
     """Write manifest.json."""
     (root / "manifest.json").write_text(json.dumps(content.to_json(), indent=1), encoding="utf-8")
+
+
+def manifest_tiers(content: Manifest) -> list[dict[str, Any]]:
+    """The tiers as the manifest writes them."""
+    return cast("list[dict[str, Any]]", content.to_json()["tiers"])
 
 
 def place(source: Path, target: Path) -> None:

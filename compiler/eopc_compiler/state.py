@@ -70,7 +70,8 @@ class CompileState:
     args: BuildArgs
     cache: StageCache
     profile: DeviceProfile
-    say: Callable[[str], None]  # progress: what is going on now
+    say: Callable[[str], None]  # progress: a line for every new thing
+    tick: Callable[[str], None]  # progress: a count that replaces the last one
     checkpoint: Checkpoint | None = None
     calibration: CalibrationSet | None = None
     selection: CalibrationSet | None = None

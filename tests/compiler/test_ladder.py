@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
 from eopc_compiler.config import LayerDims, LlamaConfig, tensor_shapes
 from eopc_compiler.ladder import (
     Mask,
@@ -26,9 +30,6 @@ from eopc_compiler.ladder import (
 )
 from eopc_compiler.model import Llama
 from eopc_runtime.errors import ModelError
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
 ALIGN = 32  # of the tiny model: 3 layers, 4 KV groups, 128 FFN channels

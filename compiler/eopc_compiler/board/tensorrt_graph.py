@@ -8,7 +8,8 @@ ONNX Runtime does not:
   joined here;
 * for the same reason the embedding's table is dequantised first and gathered from afterwards.
 
-External data that is not touched stays in weights.bin.
+External data that is not touched stays in weights.bin. Joined constants go into the graph, or for models where they
+exceed what one ONNX file holds into a file of their own in a workspace folder.
 """
 
 from __future__ import annotations
@@ -27,23 +28,32 @@ from eopc_runtime.errors import BundleError
 
 CACHE_LEN = "cache_len"  # the symbolic dimension of caches and mask
 MAX_INLINE_BYTES = 2_000_000_000  # a protobuf message ends at 2 GiB; the graph itself takes a little
-STORED = {  # what weights.bin holds and a Concat may join; int4 pieces are joined after their MatMul instead
+JOINED_FILE = "joined.bin"
+MOVED_BYTES = 1024  # smaller constants are shapes and axes, which parsers want to see
+ALIGNMENT = 64
+STORED: dict[
+    int, np.dtype[Any]
+] = {  # what weights.bin holds and a Concat may join; int4 pieces are joined after their MatMul instead
     TensorProto.FLOAT: np.dtype(np.float32),
     TensorProto.FLOAT16: np.dtype(np.float16),
     TensorProto.INT8: np.dtype(np.int8),
 }
 
 
-def prepare_for_tensorrt(bundle_root: Path, graph: Path, cache_len: int) -> onnx.ModelProto:
+def prepare_for_tensorrt(
+    bundle_root: Path, graph: Path, cache_len: int, workspace: Path | None = None
+) -> onnx.ModelProto:
     """A copy of a tier's graph that TensorRT accepts; external data names stay relative to the bundle's root.
 
     Args:
         bundle_root: the folder weights.bin lies in.
         graph: the tier's model.onnx, absolute or relative to the bundle's root.
         cache_len: cache slots the engine is built for.
+        workspace: an empty folder for joined constants and links to the files they lie beside; loaders are then given
+            this folder in place of the bundle's root. None puts joined constants into the graph, at most 2 GB.
 
     Raises:
-        BundleError: the file is no graph of a tier, or its joined constants exceed what one ONNX file may hold.
+        BundleError: the file is no graph of a tier, or its joined constants need a workspace.
     """
     if cache_len < 2:
         raise ValueError(f"an engine needs at least two cache slots, not {cache_len}")
@@ -56,6 +66,8 @@ def prepare_for_tensorrt(bundle_root: Path, graph: Path, cache_len: int) -> onnx
     _join_constants(model.graph, bundle_root)
     _dequantize_before_gather(model.graph)
     _drop_unused_initializers(model.graph)
+    if workspace is not None:
+        _move_out(model.graph, bundle_root, workspace)
     _require_size(model, path)
     return model
 
@@ -95,7 +107,8 @@ def _is_external(tensor: Any) -> bool:
 
 def _read(tensor: Any, bundle_root: Path) -> npt.NDArray[Any]:
     if not _is_external(tensor):
-        return onnx.numpy_helper.to_array(tensor)  # type: ignore[no-any-return]
+        inline: npt.NDArray[Any] = onnx.numpy_helper.to_array(tensor)
+        return inline
     where = {entry.key: entry.value for entry in tensor.external_data}
     path = bundle_root / where["location"]
     dtype, shape, offset = STORED[tensor.data_type], tuple(tensor.dims), int(where.get("offset", 0))
@@ -155,10 +168,26 @@ def _drop_unused_initializers(graph: Any) -> None:
     graph.initializer.extend(kept)
 
 
+def _move_out(graph: Any, bundle_root: Path, workspace: Path) -> None:
+    """Write joined constants to one file, and link the bundle's weight files beside it."""
+    with (workspace / JOINED_FILE).open("wb") as file:
+        for tensor in graph.initializer:
+            if _is_external(tensor):
+                name = next(entry.value for entry in tensor.external_data if entry.key == "location")
+                if not (workspace / name).exists():
+                    (workspace / name).symlink_to((bundle_root / name).resolve())
+            elif len(tensor.raw_data) >= MOVED_BYTES:
+                file.write(b"\0" * (-file.tell() % ALIGNMENT))
+                data, offset = tensor.raw_data, file.tell()
+                file.write(data)
+                onnx.external_data_helper.set_external_data(tensor, JOINED_FILE, offset, len(data))
+                tensor.ClearField("raw_data")
+
+
 def _require_size(model: Any, path: Path) -> None:
     inline = sum(len(t.raw_data) for t in model.graph.initializer if not _is_external(t))
     if inline > MAX_INLINE_BYTES:
         raise BundleError(
-            f"{path}: {inline / 1e9:.1f} GB of joined column pieces do not fit one ONNX file of 2 GB. "
-            "Build an engine for t0, or a bundle whose tiers drop whole layers only."
+            f"{path}: {inline / 1e9:.1f} GB of joined constants do not fit one ONNX file of 2 GB. "
+            "Prepare this tier with a workspace folder."
         )

@@ -1,4 +1,4 @@
-"""Compile a tier with TensorRT-RTX, which builds plans with no GPU present: a target of its own, and a proxy for others.
+"""Compile a tier with TensorRT-RTX, which builds plans with no GPU present: a target of its own, a proxy for others.
 
 A parse is not a build: TensorRT's parser accepts graphs that its builder then refuses, so only a written plan counts.
 A plan for SM86 says that Orin's graph (SM87) survives TensorRT's optimiser; it says nothing of speed or joules there.

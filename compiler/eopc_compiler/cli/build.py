@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
+import time
 from pathlib import Path
 
 import click
@@ -81,7 +81,10 @@ def build(
         f"{', '.join(format_energy(b) for b in budgets_j)} at {args.workload} tokens, precision {precision} -> {args.output}"
     )
     try:
-        result = run_build(args, progress.update if sys.stderr.isatty() else progress.done)
+        started = time.monotonic()
+        result = run_build(
+            args, lambda text: progress.done(f"[{time.monotonic() - started:5.1f} s] {text}"), progress.update
+        )
     except KeyboardInterrupt:
         progress.done("Interrupted; run the same command to resume.")
         raise

@@ -25,9 +25,7 @@ CACHE_LEN = 128
 @pytest.fixture(scope="module")
 def rtx() -> Any:
     """TensorRT-RTX, or a visible skip."""
-    return pytest.importorskip(
-        "tensorrt_rtx_bindings", reason='needs TensorRT-RTX: pip install "eopc[tensorrt-rtx]"'
-    )
+    return pytest.importorskip("tensorrt_rtx_bindings", reason='needs TensorRT-RTX: pip install "eopc[tensorrt-rtx]"')
 
 
 @pytest.mark.parametrize(
@@ -56,6 +54,13 @@ def test_builds_for_sm89(make_tier: Any, rtx: Any) -> None:
     """A second architecture, so that nothing hangs on the first."""
     plan = _compile(make_tier("int8", "native", "float16", "t0"), "t0", 89)
     assert plan.compute_capability == 89
+
+
+def test_builds_from_a_workspace(make_tier: Any, rtx: Any, tmp_path: Path) -> None:
+    """TensorRT reads joined constants from their own file and weights.bin through a link."""
+    root = make_tier("int8", "native", "float16", "t1")
+    model = prepare_for_tensorrt(root, Path("tiers/t1/model.onnx"), CACHE_LEN, workspace=tmp_path)
+    assert compile_proxy(model, tmp_path, 86, prompt_tokens=64).plan_bytes > 10_000
 
 
 def test_builds_with_biases_cut_into_pieces(make_tier: Any, rtx: Any) -> None:

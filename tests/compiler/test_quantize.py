@@ -1,0 +1,206 @@
+"""Rounding, GPTQ and int4 packing: error bounds, what error compensation gains, and the corner cases."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from eopc_compiler.quantize import (
+    LIMITS,
+    Quantized,
+    block_scales,
+    choose_block,
+    gptq,
+    pack_int4,
+    round_to_nearest,
+)
+
+FP16_TINY = torch.finfo(torch.float16).tiny
+
+
+def random_matrix(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """A matrix [in, out] whose columns and rows differ in size by up to a few hundred."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.exp(torch.randn(rows, 1, generator=generator) + torch.randn(columns, generator=generator))
+    return torch.randn(rows, columns, generator=generator) * sizes * 0.05
+
+
+def spread(q: Quantized) -> Tensor:
+    """The scale of every element."""
+    scales = q.scales.float()
+    return (scales if q.block is None else scales.repeat_interleave(q.block, 0)).expand(q.codes.shape)
+
+
+def correlated_inputs(tokens: int, width: int) -> Tensor:
+    """Inputs [tokens, width] that mostly lie in a few directions, as activations do."""
+    generator = torch.Generator().manual_seed(5)
+    directions = torch.randn(width // 4, width, generator=generator)
+    return torch.randn(tokens, width // 4, generator=generator) @ directions + 0.1 * torch.randn(
+        tokens, width, generator=generator
+    )
+
+
+@given(st.integers(0, 1000), st.sampled_from([None, 32, 64]), st.sampled_from([torch.float32, torch.float16]))
+def test_int8_error_is_at_most_half_a_scale(seed: int, block: int | None, dtype: torch.dtype) -> None:
+    """Every element lies within half its scale; fp16 scales move the range's end by 2⁻¹¹ of it at most."""
+    weight = random_matrix(64, 6, seed)
+    q = round_to_nearest(weight, 8, block, dtype)
+    assert q.codes.dtype == torch.int8 and q.scales.dtype == dtype
+    assert q.scales.shape == ((6,) if block is None else (64 // block, 6))
+    # 127 codes times the 2⁻¹² by which an fp16 scale may be rounded stays far below half a code
+    assert bool(((q.dequantize() - weight).abs() <= 0.5001 * spread(q)).all())
+
+
+@given(st.integers(0, 1000), st.sampled_from([torch.float32, torch.float16]))
+def test_int4_error_is_at_most_half_a_scale_but_for_the_far_end(seed: int, dtype: torch.dtype) -> None:
+    """Codes are -8..7: the extreme meets -8, and only values beyond 7.5 scales on the other side lose more."""
+    weight = random_matrix(64, 6, seed)
+    q = round_to_nearest(weight, 4, 32, dtype)
+    assert int(q.codes.min()) >= -8 and int(q.codes.max()) <= 7
+    size = spread(q)
+    ratio = weight / size
+    error = (q.dequantize() - weight).abs()
+    # 8 codes times the 2⁻¹² by which an fp16 scale may be rounded: 0.002 of a scale
+    assert bool((error <= torch.where(ratio > 7.5, 1.003, 0.503) * size.abs()).all())
+    extreme = weight.view(2, 32, 6).abs().argmax(1, keepdim=True)
+    assert bool((q.codes.view(2, 32, 6).gather(1, extreme) == -8).all())
+
+
+@pytest.mark.parametrize(("bits", "block"), [(8, None), (8, 32), (4, 32)])
+def test_values_on_the_grid_come_back_exactly(bits: int, block: int | None) -> None:
+    """A matrix that is already codes times scales round-trips without any error."""
+    generator = torch.Generator().manual_seed(0)
+    low, high = LIMITS[bits]
+    codes = torch.randint(low, high + 1, (64, 5), generator=generator).to(torch.int8)
+    codes[::32] = low  # every block reaches its extreme, so that its scale is found again
+    scales = 2.0 ** torch.randint(-6, 3, (64 // (block or 64), 5), generator=generator)
+    weight = Quantized(codes, scales if block else scales[0], bits, block).dequantize()
+    q = round_to_nearest(weight, bits, block, torch.float16)
+    assert torch.equal(q.codes, codes) and torch.equal(q.dequantize(), weight)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_zero_blocks_and_columns_stay_zero(bits: int, dtype: torch.dtype) -> None:
+    """An all-zero block has codes 0 and a scale that is neither zero nor NaN."""
+    weight = random_matrix(64, 4)
+    weight[:32], weight[:, 2] = 0, 0
+    q = round_to_nearest(weight, bits, 32, dtype)
+    assert bool((q.scales != 0).all()) and bool(q.scales.isfinite().all())
+    assert bool((q.dequantize()[weight == 0] == 0).all())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_scales_below_fp16s_normal_range_are_raised_to_it(bits: int) -> None:
+    """Weights too small for an fp16 scale keep an absolute error of half the smallest normal fp16."""
+    weight = random_matrix(32, 4) * 1e-6
+    q = round_to_nearest(weight, bits, 32, torch.float16)
+    assert bool((q.scales.float().abs() >= FP16_TINY).all())
+    assert float((q.dequantize() - weight).abs().max()) <= FP16_TINY / 2
+
+
+def test_smaller_blocks_follow_the_matrix_more_closely() -> None:
+    """Error falls from one scale per column to 64 to 32 inputs per scale."""
+    weight = random_matrix(128, 8)
+    errors = [
+        float((round_to_nearest(weight, 8, b, torch.float32).dequantize() - weight).norm()) for b in (None, 64, 32)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_the_block_is_the_largest_that_divides_every_width() -> None:
+    """int8 takes 128, 64 or 32; int4 only 32; neither where a width has no such divisor."""
+    assert choose_block(8, {256, 128}) == 128
+    assert choose_block(8, {192, 64}) == 64
+    assert choose_block(8, {96, 64}) == 32
+    assert choose_block(4, {256, 128}) == 32
+    assert choose_block(8, {72, 64}) is None and choose_block(4, {48}) is None
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gptq_beats_rounding_on_correlated_inputs(bits: int, dtype: torch.dtype) -> None:
+    """On inputs that mostly lie in few directions, compensation leaves less than two thirds of the output error."""
+    weight, x = random_matrix(128, 48), correlated_inputs(512, 128)
+    want = x @ weight
+    compensated = gptq(weight, x.t() @ x, bits, 32, dtype)
+    rounded = round_to_nearest(weight, bits, 32, dtype)
+    errors = [float((x @ q.dequantize() - want).norm()) for q in (compensated, rounded)]
+    assert errors[0] < 0.66 * errors[1]  # 0.2 to 0.3 observed
+    assert compensated.codes.shape == weight.shape and compensated.scales.shape == (4, 48)
+    assert compensated.scales.dtype == dtype
+    low, high = LIMITS[bits]
+    assert int(compensated.codes.min()) >= low and int(compensated.codes.max()) <= high
+
+
+def test_gptq_on_independent_inputs_is_rounding() -> None:
+    """With nothing to compensate through (a diagonal Hessian), codes and scales are those of rounding."""
+    weight = random_matrix(64, 8)
+    compensated = gptq(weight, 3.0 * torch.eye(64), 4, 32, torch.float32)
+    rounded = round_to_nearest(weight, 4, 32, torch.float32)
+    assert torch.equal(compensated.codes, rounded.codes) and torch.equal(compensated.scales, rounded.scales)
+
+
+def test_gptq_does_not_depend_on_the_hessians_scale() -> None:
+    """Sums or means over tokens, whatever the units of the inputs: same codes, also with inputs that never fire."""
+    weight, x = random_matrix(64, 16), correlated_inputs(256, 64)
+    x[:, [3, 40]] = 0
+    hessian = x.double().t() @ x.double()
+    results = [gptq(weight, hessian * factor, 4, 32, torch.float32) for factor in (1.0, 2.0**-30)]
+    assert torch.equal(results[0].codes, results[1].codes)
+
+
+def test_gptq_survives_inputs_that_never_fire() -> None:
+    """Dead inputs, even all of them, give finite codes and leave the given matrix and Hessian unchanged."""
+    weight, x = random_matrix(64, 16), correlated_inputs(256, 64)
+    x[:, 10:20] = 0
+    hessian = x.t() @ x
+    before = weight.clone(), hessian.clone()
+    assert bool(gptq(weight, hessian, 4, 32, torch.float32).dequantize().isfinite().all())
+    assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
+    dead = gptq(weight, torch.zeros(64, 64), 4, 32, torch.float32)
+    assert torch.equal(dead.codes, round_to_nearest(weight, 4, 32, torch.float32).codes)
+
+
+def test_gptq_keeps_zero_blocks_zero() -> None:
+    """An all-zero matrix stays all zero through compensation."""
+    x = correlated_inputs(128, 64)
+    assert not bool(gptq(torch.zeros(64, 4), x.t() @ x, 4, 32, torch.float16).dequantize().any())
+
+
+@given(st.lists(st.integers(-8, 7), min_size=2, max_size=64).filter(lambda c: len(c) % 2 == 0))
+def test_int4_packing_is_onnxs(codes: list[int]) -> None:
+    """Packed bytes are the raw data ONNX writes for the same INT4 values, and unpack to them."""
+    onnx = pytest.importorskip("onnx")
+    import ml_dtypes
+
+    packed = pack_int4(torch.tensor(codes, dtype=torch.int8)).numpy()
+    proto = onnx.numpy_helper.from_array(np.array(codes, dtype=ml_dtypes.int4), "t")
+    assert proto.data_type == onnx.TensorProto.INT4
+    assert packed.tobytes() == proto.raw_data
+    proto.raw_data = packed.tobytes()
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(proto).astype(np.int8), np.array(codes, dtype=np.int8))
+
+
+def test_a_matrix_packs_row_by_row() -> None:
+    """Nibbles follow C order across rows, low nibble first, also where a row has an odd length."""
+    codes = torch.tensor([[1, 2, 3], [-1, -8, 7]], dtype=torch.int8)
+    assert pack_int4(codes).tolist() == [0x21, 0xF3, 0x78]
+    assert pack_int4(codes.t().contiguous().t()).tolist() == [0x21, 0xF3, 0x78]  # memory layout does not matter
+
+
+def test_an_odd_number_of_codes_is_refused() -> None:
+    """Half a byte cannot be written."""
+    with pytest.raises(AssertionError, match="even"):
+        pack_int4(torch.zeros(3, dtype=torch.int8))
+
+
+def test_the_sign_of_an_int4_scale_puts_the_extreme_on_the_longer_end() -> None:
+    """A block whose extreme is positive gets a negative scale, so that -8 stands for it."""
+    weight = torch.tensor([[0.8], [-0.4]]).repeat(16, 1)
+    assert block_scales(weight, 4, 32).item() == pytest.approx(-0.1)
+    assert block_scales(-weight, 4, 32).item() == pytest.approx(0.1)
