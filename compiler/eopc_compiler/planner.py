@@ -87,8 +87,8 @@ def plan_masks(full: Mask, masks: Sequence[Mask], budgets_j: Sequence[float], pr
         budget, joules = below[i] if i < len(below) else None, price(mask)
         if budget is not None and joules > budget:
             raise BudgetError(
-                f"mask {i + 1} needs {format_energy(joules, round_up=True)} at the reference workload, above its budget of "
-                f"{format_energy(budget)}. Give a smaller mask, or raise --budgets."
+                f"mask {i + 1} needs {format_energy(joules, round_up=True)} at the reference workload, above its "
+                f"budget of {format_energy(budget)}. Give a smaller mask, or raise --budgets."
             )
         tiers.append(TierPlan(budget, mask, joules, 0.0, "mask given"))
     return tuple(tiers)

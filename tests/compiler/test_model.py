@@ -67,7 +67,7 @@ def transformers_logits(raw: dict[str, Any], tensors: dict[str, Tensor], ids: li
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     model.tie_weights()
     with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0]
+        return model(torch.tensor([ids])).logits[0]  # type: ignore[no-any-return]
 
 
 def own_logits(model: Llama, ids: list[int], prompt: int) -> Tensor:
@@ -93,7 +93,7 @@ def some_ids(vocab: int, count: int) -> list[int]:
 def test_prefill_and_nine_cached_steps_match_transformers(
     make_tiny: MakeTiny, tiny_json: dict[str, Any], flavour: str
 ) -> None:
-    """Every flavour gives transformers' logits after the prompt and after nine cached tokens, before and after fuse()."""
+    """Every flavour gives transformers' logits after the prompt and nine cached tokens, before and after fuse()."""
     raw = {**tiny_json, **FLAVOURS[flavour]}
     config, tensors = make_tiny(**FLAVOURS[flavour])
     ids = some_ids(config.vocab_size, PROMPT + STEPS)
