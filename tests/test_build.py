@@ -163,7 +163,7 @@ def test_the_pool_lets_the_least_recently_used_tier_go(tiny_bundle: Path) -> Non
 
 
 def test_a_forced_start_steps_down_and_keeps_the_budget(tiny_bundle: Path) -> None:
-    """Started on t0 with joules for t2 only, a sequence steps down the ladder on the real graphs and never overspends."""
+    """Started on t0 with joules for t2 only, a sequence steps down on the real graphs and never overspends."""
     with Session.open(tiny_bundle) as session:
         table = session.bundle.energy
         prompt_j = table.prefill_price_j(0, 30)

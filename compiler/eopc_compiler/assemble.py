@@ -1,8 +1,8 @@
 """Write weights.bin: every tensor of the ladder once, in deployment form, units sorted, quantised as asked.
 
 Layers are taken one at a time from the checkpoint, so this holds one layer beside whatever the checkpoint itself
-holds. With int4, a layer is quantised with GPTQ against the activations that the *already quantised* layers below it
-produce on the calibration text, as published.
+holds. A quantised layer is equalised, then rounded with GPTQ against the activations that the *already quantised*
+layers below it produce on the calibration text, as published.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Storage:
     def choose(cls, precision: str, compute_dtype: str, dialect: Dialect, widths: set[int]) -> Storage:
         """Storage for a precision; fp32 and fp16 fix the compute type, quantised tiers follow the device."""
         dtype = {"fp32": "float32", "fp16": "float16"}.get(precision, compute_dtype)
-        blocks = {b: choose_block(b, widths) if dialect.block_quantization else None for b in (8, 4)}
+        blocks = {b: choose_block(widths) if dialect.block_quantization else None for b in (8, 4)}
         return cls(precision, dtype, blocks)
 
     @property
@@ -76,11 +76,11 @@ def write_weights(
         get: tensors by Hugging Face name, fp32.
         masks: of all tiers; they fix where column matrices are cut.
         observed: input peaks; with them, quantised layers are equalised first.
-        calibration: token batches [n, S] for GPTQ; used by int4 alone.
+        calibration: token batches [n, S] for GPTQ; without them codes are rounded to nearest.
     """
     head_name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     entries: dict[str, Entry] = {}
-    gptq_run = _GptqRun(config, get, context, calibration) if storage.bits == 4 else None
+    gptq_run = _GptqRun(config, get, context, calibration) if storage.bits and calibration else None
     with WeightWriter(path) as writer:
         for name, table in zip(("cos", "sin"), rotary_tables(config, context), strict=True):
             entries[name] = writer.tensor(table, storage.dtype)
@@ -236,34 +236,27 @@ class _GptqRun:
         self._eps = config.rms_norm_eps
 
     def quantize_layer(self, layer: Block, storage: Storage) -> dict[str, Quantized]:
-        """Quantise the four matrices of a layer in the order data reaches them; the layer then computes with them."""
-        block = storage.blocks[4]
-        assert block is not None, "int4 needs a dialect with block scales"
-        result: dict[str, Quantized] = {}
-        for stage in (
-            ("self_attn.qkv_proj",),
-            ("self_attn.o_proj",),
-            ("mlp.gate_up_proj",),
-            ("mlp.down_proj",),
-        ):
-            modules = {name: cast(Projection, layer.get_submodule(name)) for name in stage}
-            with capture_inputs(modules) as captured:
-                for x in self._hidden:
-                    run_layer(self._shell, layer, x)
-            for name, projection in modules.items():
-                hessian = _gram(captured[name])
-                scale_dtype = getattr(torch, storage.dtype)
-                result[name] = gptq(projection.weight.data, hessian, 4, block, scale_dtype)
-                projection.weight.data = result[name].dequantize()
+        """Quantise the four matrices of a layer on its inputs; the layer then computes with the rounded ones."""
+        names = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+        modules = {name: cast(Projection, layer.get_submodule(name)) for name in names}
+        with capture_inputs(modules) as captured:
+            for x in self._hidden:
+                run_layer(self._shell, layer, x)
+        result = {}
+        for name, projection in modules.items():
+            result[name] = self._quantize(projection.weight.data, captured.pop(name), storage)
+            projection.weight.data = result[name].dequantize()
         self._hidden = [run_layer(self._shell, layer, x) for x in self._hidden]
         return result
 
     def quantize_head(self, head: Tensor, norm: Tensor, storage: Storage) -> Quantized:
         """Quantise the LM head [hidden, vocab] against the final norm's outputs."""
-        block = storage.blocks[4]
-        assert block is not None
         normed = [EagerOps().rms_norm(x, norm, self._eps).flatten(0, 1) for x in self._hidden]
-        return gptq(head, _gram(normed), 4, block, getattr(torch, storage.dtype))
+        return self._quantize(head, normed, storage)
+
+    def _quantize(self, weight: Tensor, inputs: Sequence[Tensor], storage: Storage) -> Quantized:
+        assert storage.bits is not None
+        return gptq(weight, _gram(inputs), storage.bits, storage.blocks[storage.bits], getattr(torch, storage.dtype))
 
 
 def _gram(inputs: Sequence[Tensor]) -> Tensor:

@@ -1,9 +1,9 @@
 """Move the difficulty of quantisation from activations into weights, without changing what a layer computes.
 
-Kernels for int8 weights quantise activations to 8 bits as well, one scale per block of channels; a single outlier
-channel then costs its whole block its precision. SmoothQuant (Xiao et al., arXiv 2211.10438) divides each input channel
-by s_j = peak(x_j)^a / peak(w_j)^(1 - a) and multiplies the matching weight row by it. The division is free: it is folded
-into what produces the channel, a norm's weight, the up projection or the value projection.
+Kernels for int8 weights quantise activations to 8 bits as well, one scale per block of channels; one outlier channel
+then costs its whole block its precision. SmoothQuant (Xiao et al., arXiv 2211.10438) divides each input channel by
+s_j = peak(x_j)^a / peak(w_j)^(1 - a) and multiplies the matching weight row by it. The division is free: it goes into
+what produces the channel, a norm's weight, the up projection or the value projection.
 """
 
 from __future__ import annotations

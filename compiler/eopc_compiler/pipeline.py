@@ -17,11 +17,12 @@ from torch import Tensor
 from eopc_compiler.assemble import Storage, load_tier, write_weights
 from eopc_compiler.calibration import CalibrationSet, Split, build_calibration, default_domains, load_calib
 from eopc_compiler.checkpoint import open_checkpoint
-from eopc_compiler.config import LayerDims
+from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.export import WeightTable, export_tier
 from eopc_compiler.importance import InputPeaks, LayerScores, Observations, loss_under_mask, observe
 from eopc_compiler.ladder import Mask, UnitOrder, full_mask, read_masks, tier_config, tier_cost
+from eopc_compiler.memory import release_memory
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.planner import TierPlan, plan_ladder, plan_masks
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_plan
@@ -84,17 +85,20 @@ def read_calibration(state: CompileState) -> CompileState:
 def observe_dense(state: CompileState) -> CompileState:
     """One pass of the calibration text through the dense model: unit scores, input peaks, held-out loss."""
     assert state.checkpoint and state.calibration and state.heldout
-    tokens, heldout = state.calibration.tokens, state.heldout.domains
+    assert state.selection is not None
+    tokens, heldout, selection = state.calibration.tokens, state.heldout.domains, state.selection.domains
     inputs = {
         "model": state.checkpoint.fingerprint,
         "text": state.calibration.fingerprint,
         "heldout": state.heldout.fingerprint,
+        "selection": state.selection.fingerprint,
     }
 
     def produce(path: Path) -> None:
         model = dense_model(state)
         seen = observe(model, batches(tokens), _counter(state, "observing the dense model"))
-        losses = domain_losses(state, model, heldout)
+        losses = {f"heldout.{n}": v for n, v in domain_losses(state.config, model, heldout).items()}
+        losses |= {f"selection.{n}": v for n, v in domain_losses(state.config, model, selection).items()}
         save_observations(path, seen, losses)
 
     path = state.cache.get("observe", inputs, ".npz", produce)
@@ -116,7 +120,7 @@ def choose_precision(state: CompileState) -> CompileState:
             continue  # no block divides this model's widths
         priced.append((reference_energy(state, full, storage), precision, storage))
     if not priced:
-        raise UsageError("int4 needs input widths that are multiples of 32; choose --precision int8.")
+        raise UsageError("int4 needs input widths that are multiples of 16; choose --precision int8.")
     trials, chosen = [], None
     for energy_j, precision, storage in sorted(priced, key=lambda row: row[0]):
         if chosen is not None or len(priced) == 1 or storage.bits is None:
@@ -260,6 +264,7 @@ def run_passes(state: CompileState, passes: tuple[Pass, ...] = PASSES) -> Compil
     for step in passes:
         state.say(step.__name__.replace("_", " "))
         state = step(state)
+        release_memory()
         if state.args.dry_run and step is write_plan_only:
             break
     return state
@@ -295,14 +300,12 @@ def added_loss(state: CompileState, storage: Storage) -> dict[str, float]:
     try:
         table, _ = write_tier_weights(state, folder / "weights.bin", state.orders, [full], storage)
         model = load_tier(state.config, table, WeightReader(folder / "weights.bin"), state.args.context)
-        quantized = domain_losses(state, model, state.selection.domains, deployed=True)
-        del model
+        quantized = domain_losses(state.config, model, state.selection.domains)
     finally:
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
-    dense = domain_losses(state, dense_model(state), state.selection.domains)
-    return {name: quantized[name] - dense[name] for name in dense}
+    return {name: loss - state.dense_loss[f"selection.{name}"] for name, loss in quantized.items()}
 
 
 def write_tier_weights(
@@ -331,15 +334,11 @@ def dense_model(state: CompileState) -> Llama:
     return build_model(state.config, tensors, state.args.context)
 
 
-def domain_losses(
-    state: CompileState, model: Llama, domains: tuple[tuple[str, Tensor], ...], deployed: bool = False
-) -> dict[str, float]:
-    """Mean next-token loss per domain, nats; `deployed` models have their units sorted already."""
-    config = state.config
-    plain = tuple(
+def domain_losses(config: LlamaConfig, model: Llama, domains: tuple[tuple[str, Tensor], ...]) -> dict[str, float]:
+    """Mean next-token loss of a whole model per domain, nats."""
+    orders = tuple(
         UnitOrder(tuple(range(d.num_key_value_heads)), tuple(range(d.intermediate_size))) for d in config.layers
     )
-    orders = plain if deployed or not state.orders else state.orders
     return {n: loss_under_mask(model, batches(t), full_mask(config), orders, config) for n, t in domains}
 
 

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK_CHOICES = (128, 64, 32)
+BLOCK_CHOICES = (32, 16)
 GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal, as published
+LAZY_ROWS = 64  # rows whose updates to the rest of the matrix are applied at once
+CLIP_CHOICES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 LIMITS = {8: (-127, 127), 4: (-8, 7)}
 
 
@@ -35,10 +37,12 @@ class Quantized:
         return self.codes.float() * scales.float()
 
 
-def choose_block(bits: int, widths: set[int]) -> int | None:
-    """The largest block that divides every input width; int4 stays at 32, where its error is smallest."""
-    choices = (32,) if bits == 4 else BLOCK_CHOICES
-    return next((b for b in choices if all(w % b == 0 for w in widths)), None)
+def choose_block(widths: set[int]) -> int | None:
+    """The block all input widths divide into: 32 where possible, because a kernel's 8-bit activations share its blocks.
+
+    Seen on SmolLM2-135M: blocks of 32 instead of 64 halve the loss that 8-bit activations add, at the same speed.
+    """
+    return next((b for b in BLOCK_CHOICES if all(w % b == 0 for w in widths)), None)
 
 
 def round_to_nearest(weight: Tensor, bits: int, block: int | None, scale_dtype: torch.dtype) -> Quantized:
@@ -66,13 +70,14 @@ def block_scales(weight: Tensor, bits: int, block: int | None) -> Tensor:
     return scales.squeeze(0) if block is None else scales
 
 
-def gptq(weight: Tensor, hessian: Tensor, bits: int, block: int, scale_dtype: torch.dtype) -> Quantized:
+def gptq(weight: Tensor, hessian: Tensor, bits: int, block: int | None, scale_dtype: torch.dtype) -> Quantized:
     """Quantise [in, out] row by row with error compensation.
 
     Args:
         weight: fp32 [in, out].
         hessian: X Xᵀ of the calibration inputs, [in, in], any positive scale.
-        block: inputs per scale; scales are taken from the compensated rows when their block is reached.
+        block: inputs per scale; a block's scales are taken from its compensated rows when it is reached. None takes
+            one scale per output from the weights as they come.
     """
     rows = weight.shape[0]
     work, hessian = weight.clone(), hessian.double().clone()
@@ -80,23 +85,47 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, block: int, scale_dtype: to
     typical = 1.0 if dead.all() else float(hessian.diagonal()[~dead].mean())
     hessian[dead, dead] = typical  # an input that never fires constrains nothing
     hessian.diagonal().add_(GPTQ_DAMPING * typical)
+    importance = hessian.diagonal().float()
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
     low, high = LIMITS[bits]
     codes = torch.empty_like(work, dtype=torch.int8)
-    scales = torch.empty(rows // block, work.shape[1], dtype=scale_dtype)
-    for start in range(0, rows, block):
-        end = start + block
-        chunk, errors = work[start:end].clone(), torch.empty(block, work.shape[1])
-        scales[start // block] = block_scales(chunk, bits, block)[0].to(scale_dtype)
-        scale = scales[start // block].float()
-        for i in range(block):
+    columns = block_scales(weight, bits, None).to(scale_dtype)
+    scales = []
+    step = block or LAZY_ROWS
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        chunk, errors = work[start:end].clone(), torch.empty(end - start, work.shape[1])
+        if block:
+            scales.append(search_scales(chunk, bits, importance[start:end]).to(scale_dtype))
+        scale = (scales[-1] if block else columns).float()
+        for i in range(end - start):
             row, diagonal = chunk[i], factor[start + i, start + i]
-            code = (row / scale).round().clamp(low, high)
+            code = (row / scale).round_().clamp_(low, high)
             codes[start + i] = code.to(torch.int8)
             errors[i] = (row - code * scale) / diagonal
             chunk[i + 1 :] -= torch.outer(factor[start + i, start + i + 1 : end], errors[i])
         work[end:] -= factor[start:end, end:].t() @ errors
-    return Quantized(codes, scales, bits, block)
+    return Quantized(codes, torch.stack(scales) if block else columns, bits, block)
+
+
+def search_scales(chunk: Tensor, bits: int, importance: Tensor) -> Tensor:
+    """Scales [out] of one block of rows [block, out]: with 4 bits, clipping the extremes a little often pays.
+
+    Args:
+        importance: weight of each row's squared error, [block].
+    """
+    full = block_scales(chunk, bits, None)
+    if bits != 4:
+        return full
+    low, high = LIMITS[bits]
+    best, best_error = full, torch.full_like(full, torch.inf)
+    for shrink in CLIP_CHOICES:
+        scale = full * shrink
+        rounded = (chunk / scale).round_().clamp_(low, high) * scale
+        error = ((rounded - chunk).square_() * importance[:, None]).sum(0)
+        better = error < best_error
+        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+    return best
 
 
 def pack_int4(codes: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from eopc_compiler.assemble import load_tier
 from eopc_compiler.export import WEIGHTS_FILE
 from eopc_compiler.ladder import keep_shares, mask_to_json, parameter_count, tier_config, tier_cost
+from eopc_compiler.memory import release_memory
 from eopc_compiler.state import CompileState
 from eopc_compiler.weights import WeightReader
 from eopc_runtime import __version__
@@ -114,7 +115,8 @@ def check_and_measure(state: CompileState) -> CompileState:
     assert state.staged and state.table and state.weights and state.storage and state.heldout
     bundle = Bundle.open(state.staged, verify=False)
     reader, infos = WeightReader(state.weights), []
-    dense = math.exp(sum(state.dense_loss.values()) / len(state.dense_loss))
+    dense_losses = [state.dense_loss[f"heldout.{name}"] for name in state.heldout.names]
+    dense = math.exp(sum(dense_losses) / len(dense_losses))
     for tier, info in zip(state.plan, bundle.manifest.tiers, strict=True):
         state.say(f"checking {info.tier} against PyTorch, {PARITY_STEPS} cached steps")
         config = tier_config(state.config, tier.mask)
@@ -123,6 +125,7 @@ def check_and_measure(state: CompileState) -> CompileState:
         with torch.no_grad():
             expected = reference.score(torch.tensor([tokens]))[0].numpy()
         del reference
+        release_memory()
         parity = check_parity(bundle, info, tokens, expected, state.storage.dtype)
         state.say(f"measuring the perplexity of {info.tier}")
         losses = {name: runtime_loss(bundle, info, windows) for name, windows in state.heldout.domains}
@@ -158,6 +161,7 @@ def check_parity(
         cache = runner.new_cache()
         rows = [runner.forward(cache, tokens[:PARITY_PROMPT], logits="all")]
         rows += [runner.forward(cache, [token]).copy() for token in tokens[PARITY_PROMPT:]]
+        del runner, cache
         errors[kernels] = float(np.abs(np.concatenate(rows) - expected).max() / np.abs(expected).max())
     if not errors["exact"] <= TOLERANCE[dtype]:
         raise ParityError(

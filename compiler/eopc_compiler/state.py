@@ -83,7 +83,7 @@ class CompileState:
     align: int = 64
     trials: tuple[PrecisionTrial, ...] = ()
     plan: tuple[TierPlan, ...] = ()
-    dense_loss: dict[str, float] = field(default_factory=dict)  # nats per token by domain, held out
+    dense_loss: dict[str, float] = field(default_factory=dict)  # nats per token, by SPLIT.DOMAIN
     weights: Path | None = None
     table: WeightTable | None = None
     bytes_by_type: dict[str, int] = field(default_factory=dict)

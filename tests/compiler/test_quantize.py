@@ -112,13 +112,11 @@ def test_smaller_blocks_follow_the_matrix_more_closely() -> None:
     assert errors[0] > errors[1] > errors[2]
 
 
-def test_the_block_is_the_largest_that_divides_every_width() -> None:
-    """int8 takes 128, 64 or 32; int4 only 32; neither where a width has no such divisor."""
-    assert choose_block(8, {256, 128}) == 128
-    assert choose_block(8, {192, 64}) == 64
-    assert choose_block(8, {96, 64}) == 32
-    assert choose_block(4, {256, 128}) == 32
-    assert choose_block(8, {72, 64}) is None and choose_block(4, {48}) is None
+def test_the_block_divides_every_width() -> None:
+    """32 where every input width allows it, 16 otherwise, none where a width has no such divisor."""
+    assert choose_block({256, 128, 96}) == 32
+    assert choose_block({64, 48}) == 16
+    assert choose_block({72, 64}) is None
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -78,7 +78,8 @@ def build(
     progress = Progress()
     progress.done(
         f"eopc build: {model or 'SmolLM2-135M-Instruct (default model)'} for {device}, budgets "
-        f"{', '.join(format_energy(b) for b in budgets_j)} at {args.workload} tokens, precision {precision} -> {args.output}"
+        f"{', '.join(format_energy(b) for b in budgets_j)} at {args.workload} tokens, precision {precision} "
+        f"-> {args.output}"
     )
     try:
         started = time.monotonic()
