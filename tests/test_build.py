@@ -17,7 +17,9 @@ from click.testing import CliRunner
 pytest.importorskip("torch", reason="the compiler extra is not installed")
 
 from eopc_compiler import pipeline
-from eopc_compiler.build import build
+from eopc_compiler.build import build, check_output, restore_old
+from eopc_compiler.cache import StageCache
+from eopc_compiler.state import Workload
 from eopc_compiler.weights import WeightWriter
 from eopc_runtime.bundle import Bundle
 from eopc_runtime.cli.main import cli
@@ -260,6 +262,80 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_recognised_through_a_library_s_own_error(
+    tiny_checkpoint: Path, tmp_path: Path, build_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exporter that wraps ENOSPC in its own type gives the same sentence; other exceptions stay what they are."""
+
+    def wrapped(*_: object, **__: object) -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise RuntimeError("could not save the model") from error
+
+    def other(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    args = build_settings(tiny_checkpoint, tmp_path / "out", budgets_j=(2.0,))
+    for function, kind, said in ((other, RuntimeError, "a bug"), (wrapped, EopcError, "disk is full")):
+        monkeypatch.setattr(pipeline, "export_tier", function)
+        with pytest.raises(kind, match=said):
+            build(args)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_build_left_does_not_stop_the_next(
+    tiny_checkpoint: Path, tmp_path: Path, build_settings: Settings
+) -> None:
+    """Half-written outputs and staging folders of a dead process are removed, and the build finishes."""
+    (tmp_path / ".out.work/partial-weights-0").mkdir(parents=True)
+    (tmp_path / ".out.work/partial-weights-0/weights.bin").write_bytes(b"half")
+    (tmp_path / ".out.staged-1/tiers").mkdir(parents=True)
+    build(build_settings(tiny_checkpoint, tmp_path / "out", budgets_j=(2.0,)))
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_stage_replaces_its_half_written_output(tmp_path: Path) -> None:
+    """A stage whose output is a folder runs again after it failed half-way."""
+    cache = StageCache(tmp_path / "work")
+
+    def produce(path: Path, fail: bool) -> None:
+        path.mkdir()
+        if fail:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError):
+        cache.get("stage", {}, "", lambda path: produce(path, True))
+    assert cache.get("stage", {}, "", lambda path: produce(path, False)).is_dir()
+    assert cache.reused == []
+
+
+def test_a_second_build_of_the_same_output_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, build_settings: Settings
+) -> None:
+    """While one build holds the work folder another stops at once and touches nothing; afterwards it may run."""
+    (tmp_path / ".out.staged-1").mkdir()  # what the first build is writing
+    first = StageCache(tmp_path / ".out.work")
+    args = build_settings(tiny_checkpoint, tmp_path / "out", dry_run=True)
+    with pytest.raises(EopcError, match="another eopc build"):
+        build(args)
+    assert (tmp_path / ".out.staged-1").is_dir()
+    first.close()
+    assert build(args).resumed == ()
+
+
+def test_a_build_killed_while_replacing_gives_the_old_bundle_back(tmp_path: Path) -> None:
+    """The bundle put aside is renamed back when there is no new one, and removed when there is."""
+    old, output = tmp_path / ".out.old-1", tmp_path / "out"
+    old.mkdir()
+    (old / "manifest.json").write_text("old")
+    restore_old(output)
+    assert (output / "manifest.json").read_text() == "old"
+    old.mkdir()
+    restore_old(output)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +381,86 @@ def test_a_folder_that_is_not_a_bundle_is_not_overwritten(
     with pytest.raises(EopcError, match="not empty and not a bundle"):
         build(build_settings(tiny_checkpoint, tmp_path))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_bundle_with_a_stranger_in_it_is_not_overwritten(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A bundle may be replaced; not so a file in its folder, a web page's manifest.json, or a bundle by a plan."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_bundle, copy)
+    check_output(copy, dry_run=False)
+    with pytest.raises(EopcError, match="a plan would spoil"):
+        check_output(copy, dry_run=True)
+    (copy / "tiers/notes.txt").write_text("years of work")
+    with pytest.raises(EopcError, match=r"holds tiers/notes\.txt"):
+        check_output(copy, dry_run=False)
+    (copy / "manifest.json").write_text(json.dumps({"name": "web page", "files": []}))
+    with pytest.raises(EopcError, match="not empty and not a bundle"):
+        check_output(copy, dry_run=False)
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("/dev/null", "is a file"),
+        (".", "no name of its own"),
+        ("file/out", "cannot be"),
+        ("/proc/none/out", "cannot be"),
+    ],
+)
+def test_an_output_that_cannot_be_is_one_sentence(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, said: str
+) -> None:
+    """Devices, the current folder, and parents that are files or cannot be made are refused."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("x")
+    result = run_cli("build", str(tiny_checkpoint), "-o", output)
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_link_as_output_is_followed(tiny_checkpoint: Path, tmp_path: Path, build_settings: Settings) -> None:
+    """-o LINK writes the folder the link leads to, and the link stays."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk/out")
+    build(build_settings(tiny_checkpoint, tmp_path / "out", dry_run=True))
+    assert (tmp_path / "disk/out/plan.json").is_file()
+    assert (tmp_path / "out").is_symlink()
+
+
+def test_masks_and_workloads_are_refused_before_any_work(
+    tiny_checkpoint: Path, tmp_path: Path, build_settings: Settings
+) -> None:
+    """A mask that cannot be read, and a workload beyond the model's positions, stop before the model is observed."""
+    output = tmp_path / "new/out"
+    with pytest.raises(EopcError, match="cannot be read: No such file"):
+        build(build_settings(tiny_checkpoint, output, masks=(tmp_path / "none.json",)))
+    with pytest.raises(EopcError, match="does not fit the 512 positions"):
+        build(build_settings(tiny_checkpoint, output, workload=Workload(500, 100), context=1024))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["model"].update(vocab_size=100),
+        lambda m: m["model"].update(head_dim=8),
+        lambda m: m.update(compute_dtype="float16"),
+        lambda m: [t["layers"][0].update(kv_heads=1) for t in m["tiers"]],
+    ],
+)
+def test_a_manifest_that_does_not_describe_its_graphs_is_refused(
+    tiny_bundle: Path, tmp_path: Path, change: Callable[[Any], object]
+) -> None:
+    """Vocabulary, head size, type or heads edited in the manifest: one sentence, not a wrong buffer."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_bundle, copy)
+    content = json.loads((copy / "manifest.json").read_text())
+    change(content)
+    (copy / "manifest.json").write_text(json.dumps(content))
+    result = run_cli("run", str(copy), "--prompt", "x", "--tier", "t0")
+    assert result.exit_code == 1
+    assert "is not the graph that manifest.json describes" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["run", "inspect", "eval", "bench"])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import glob
+import json
+import math
 import resource
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,48 +81,108 @@ def build(
         EopcError: any user mistake; nothing is written then, and finished stages stay for a resume.
     """
     start = time.monotonic()
-    check_output(args.output)
+    if args.output.is_symlink():  # the folder it leads to is replaced, not the link
+        args = replace(args, output=args.output.resolve())
+    check_output(args.output, args.dry_run)
+    if math.isnan(args.max_added_loss) or args.max_added_loss < 0:
+        raise UsageError(f"--max-added-loss {args.max_added_loss} is no number of nats of 0 or more, for example 0.02.")
     if args.workload.prompt_tokens + args.workload.new_tokens > args.context:
         raise UsageError(f"the workload {args.workload} does not fit --context {args.context}. Raise --context.")
     profile = load_profile(args.device)
-    cache = StageCache(args.output.with_name(f".{args.output.name}.work"), args.resume)
+    try:
+        cache = StageCache(args.output.with_name(f".{args.output.name}.work"), args.resume)
+    except OSError as error:
+        raise EopcError(
+            f"{args.output} cannot be written: {error.filename}: {error.strerror}. Choose another folder with -o."
+        ) from error
     state = CompileState(args, cache, profile, say, tick)
     try:
+        restore_old(args.output)
         state = run_passes(state)
         if state.staged is not None:
             move_into_place(state.staged, args.output)
             cache.clear()
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except Exception as error:
+        system = system_error(error)  # libraries wrap the system's errors in their own
+        if system is None:
+            raise
+        if system.errno in (errno.ENOSPC, errno.EDQUOT):
             cache.clear()
             raise EopcError(
                 f"the disk is full: writing beside {args.output} failed. Nothing was left behind; a build needs about "
                 f"three times the size of the weights. Free space, or choose another -o."
             ) from error
-        raise EopcError(f"writing beside {args.output} failed: {error.strerror or error}.") from error
+        where = system.filename or f"a file beside {args.output}"
+        raise EopcError(
+            f"the build stopped at {where}: {system.strerror or system}. Mend that and run it again; finished stages "
+            f"are reused."
+        ) from error
     finally:
-        for leftover in staged_folders(args.output):
+        for leftover in siblings(args.output, "staged"):
             shutil.rmtree(leftover, ignore_errors=True)
-        if cache.folder.is_dir() and not any(cache.folder.iterdir()):
-            cache.folder.rmdir()
+        cache.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return BuildResult(args.output, state, time.monotonic() - start, peak, tuple(cache.reused))
 
 
-def check_output(output: Path) -> None:
+def check_output(output: Path, dry_run: bool) -> None:
     """Refuse an output that would overwrite something that is not a bundle.
 
     Raises:
-        UsageError: it is a file, or a folder with other content.
+        UsageError: it is no folder one can replace, or holds files that are not of a bundle.
     """
-    if output.is_file():
-        raise UsageError(f"{output} is a file; -o names the folder of the bundle. Choose another name.")
-    if output.is_dir() and any(output.iterdir()) and not (output / "manifest.json").is_file():
-        only_plan = [p.name for p in output.iterdir()] == ["plan.json"]  # what --dry-run leaves
-        if not only_plan:
-            raise UsageError(f"{output} is not empty and not a bundle. Choose another folder with -o.")
+    if output.name in ("", ".."):
+        raise UsageError(f"-o {output} has no name of its own, and the folder is replaced. Write -o NAME.eopc.")
+    try:
+        if not output.exists():
+            return
+        if not output.is_dir():
+            raise UsageError(f"{output} is a file; -o names the folder of the bundle. Choose another name.")
+        names = {p.relative_to(output).as_posix() for p in output.rglob("*") if not p.is_dir()}
+    except OSError as error:
+        raise UsageError(f"{output} cannot be read: {error.strerror}. Choose another folder with -o.") from error
+    if names <= {"plan.json"}:  # empty, or what --dry-run leaves
+        return
+    listed = bundle_files(output)
+    if listed is None:
+        raise UsageError(f"{output} is not empty and not a bundle. Choose another folder with -o.")
+    if dry_run:
+        raise UsageError(f"{output} is a finished bundle, which a plan would spoil. Choose another folder with -o.")
+    if others := sorted(names - listed):
+        raise UsageError(
+            f"{output} holds {others[0]}, which is not of the bundle there and would be lost. Move it, or choose "
+            f"another folder with -o."
+        )
 
 
-def staged_folders(output: Path) -> Sequence[Path]:
-    """Staging folders of this output that were not renamed."""
-    return list(output.parent.glob(f".{output.name}.staged-*")) if output.parent.is_dir() else []
+def bundle_files(folder: Path) -> set[str] | None:
+    """Names of the files of a bundle, damaged or not, as its manifest lists them; None if it has no such manifest."""
+    try:
+        content = json.loads((folder / "manifest.json").read_bytes())
+        content["eopc_version"]  # a manifest.json of something else has none
+        return {"manifest.json", *(entry["path"] for entry in content["files"])}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def restore_old(output: Path) -> None:
+    """Bring back the bundle that a build killed while replacing it had put aside."""
+    for old in siblings(output, "old"):
+        if output.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(output)
+
+
+def siblings(output: Path, kind: str) -> Sequence[Path]:
+    """Temporary folders of builds of this output: kind "staged" (not yet renamed) or "old" (being replaced)."""
+    return list(output.parent.glob(f".{glob.escape(output.name)}.{kind}-*"))
+
+
+def system_error(error: BaseException | None) -> OSError | None:
+    """The OSError at the root of an exception, or None."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -226,7 +226,7 @@ def _split_field(target: str) -> tuple[Path, str | None]:
 def _read_text(path: Path) -> str:
     """The file as text, or UsageError saying what is wrong with it."""
     if not path.is_file():
-        kind = "is a folder, not a file" if path.is_dir() else "does not exist"
+        kind = "is a folder, not a file" if path.is_dir() else "is no plain file" if path.exists() else "does not exist"
         raise UsageError(f"Calibration text {path} {kind}. Give a UTF-8 text or .jsonl file.")
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -8,7 +8,7 @@ above, and "nested" is the comparison of counts.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,20 +80,22 @@ def matrix_shapes(config: LlamaConfig, dims: LayerDims) -> dict[str, tuple[int, 
     }
 
 
-def tier_cost(config: LlamaConfig, mask: Mask, bytes_per_weight: float, cache_bytes: int) -> TierCost:
+def tier_cost(
+    config: LlamaConfig, mask: Mask, bytes_per_weight: Callable[[str, int], float], cache_bytes: int
+) -> TierCost:
     """Count what a tier costs: bytes read per decode step, bytes of cache per token, FLOPs.
 
     Args:
-        bytes_per_weight: stored bytes per matrix element, scales included.
+        bytes_per_weight: stored bytes per element, scales included, by matrix name and source layer (-1: the head).
         cache_bytes: bytes per cache element.
     """
-    shapes = [matrix_shapes(config, d).values() for d in mask.layers]
-    matrices = sum(k * n for layer in shapes for k, n in layer)
-    head = config.hidden_size * config.vocab_size
+    layers = [(name, d.source_layer, k, n) for d in mask.layers for name, (k, n) in matrix_shapes(config, d).items()]
+    sizes = [*layers, ("lm_head", -1, config.hidden_size, config.vocab_size)]
+    matrices, head = sum(k * n for _, _, k, n in layers), config.hidden_size * config.vocab_size
     kv_heads = sum(d.num_key_value_heads for d in mask.layers)
     return TierCost(
         layers=len(mask.layers),
-        weight_bytes=round((matrices + head) * bytes_per_weight),
+        weight_bytes=round(sum(k * n * bytes_per_weight(name, source) for name, source, k, n in sizes)),
         kv_bytes_per_token=2 * kv_heads * config.head_dim * cache_bytes,
         flops_per_token=2.0 * matrices,
         head_flops=2.0 * head,
@@ -162,7 +164,9 @@ def _read_mask(path: Path, config: LlamaConfig, align: int) -> dict[int, tuple[l
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         layers = {int(e["source_layer"]): (list(e["kv_groups"]), list(e["ffn_channels"])) for e in content["layers"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise ModelError(f"the mask {path} cannot be read: {error.strerror}. Give a JSON file with --mask.") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{path} is not a mask file ({type(error).__name__}: {error}). Expected JSON with layers[]: "
             f"{{source_layer, kv_groups, ffn_channels}}, as in a bundle's tiers/tN/mask.json."

@@ -22,7 +22,6 @@ from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.export import WeightTable, export_tier
 from eopc_compiler.importance import InputPeaks, LayerScores, Observations, loss_under_mask, observe
 from eopc_compiler.ladder import Mask, UnitOrder, full_mask, read_masks, tier_config, tier_cost
-from eopc_compiler.memory import release_memory
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.planner import TierPlan, plan_ladder, plan_masks
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_plan
@@ -31,6 +30,7 @@ from eopc_compiler.weights import WeightReader
 from eopc_runtime import __version__
 from eopc_runtime.energy import TierEnergy, prior_energy
 from eopc_runtime.errors import DeviceError, UsageError
+from eopc_runtime.memory import release_memory
 
 Pass = Callable[[CompileState], CompileState]
 
@@ -38,11 +38,20 @@ FFN_ALIGNMENT = 64  # channels; tensor cores and MatMulNBits blocks want widths 
 
 
 def load_checkpoint(state: CompileState) -> CompileState:
-    """Open the model: config and tensor shapes are checked, no weight is read yet."""
+    """Open the model and check what was asked of it: config, tensor shapes, given masks; no weight is read yet.
+
+    Raises:
+        ModelError: the checkpoint or a mask is not sound.
+        UsageError: the workload is longer than the model's positions.
+    """
     checkpoint = open_checkpoint(state.args.model)
     checkpoint.tokenizer()  # a model without a tokenizer should fail now, not after minutes
     widths = {d.intermediate_size for d in checkpoint.config.layers}
     align = next(a for a in (FFN_ALIGNMENT, 32, 16, 8, 4, 2, 1) if all(w % a == 0 for w in widths))
+    read_masks(state.args.masks, checkpoint.config, align)  # a malformed mask should fail now, not after minutes
+    work, limit = state.args.workload, checkpoint.config.max_position_embeddings
+    if work.prompt_tokens + work.new_tokens > limit:
+        raise UsageError(f"the workload {work} does not fit the {limit} positions of {checkpoint.name}. Shorten it.")
     return replace(state, checkpoint=checkpoint, align=align)
 
 
@@ -116,7 +125,7 @@ def choose_precision(state: CompileState) -> CompileState:
     priced = []
     for precision in wanted:
         storage = storage_for(state, precision)
-        if precision == "int4" and storage.blocks[4] is None:
+        if precision == "int4" and storage.block is None:
             continue  # no block divides this model's widths
         priced.append((reference_energy(state, full, storage), precision, storage))
     if not priced:
@@ -276,7 +285,7 @@ def storage_for(state: CompileState, precision: str) -> Storage:
     config = state.config
     q_widths = {d.num_key_value_heads * config.query_group_size * config.head_dim for d in config.layers}
     widths = {config.hidden_size, config.query_group_size * config.head_dim, state.align, *q_widths}
-    return Storage.choose(precision, state.profile.compute_dtype, state.dialect, widths)
+    return Storage.choose(precision, state.profile.compute_dtype, state.dialect, widths, len(config.layers))
 
 
 def tier_energy(state: CompileState, mask: Mask, storage: Storage, name: str = "t0") -> TierEnergy:

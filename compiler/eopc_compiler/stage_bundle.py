@@ -21,7 +21,6 @@ import torch
 from eopc_compiler.assemble import load_tier
 from eopc_compiler.export import WEIGHTS_FILE
 from eopc_compiler.ladder import keep_shares, mask_to_json, parameter_count, tier_config, tier_cost
-from eopc_compiler.memory import release_memory
 from eopc_compiler.state import CompileState
 from eopc_compiler.weights import WeightReader
 from eopc_runtime import __version__
@@ -36,6 +35,7 @@ from eopc_runtime.bundle import (
 )
 from eopc_runtime.energy import EnergyTable, prior_table
 from eopc_runtime.errors import ParityError
+from eopc_runtime.memory import release_memory
 from eopc_runtime.runners.ort import OrtTier
 
 PARITY_STEPS = 16
@@ -81,7 +81,9 @@ def write_plan(state: CompileState) -> Path:
     }
     path = state.args.output / "plan.json" if state.args.dry_run else state.cache.folder / "plan.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    partial = state.cache.folder / "partial-plan.json"
+    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    partial.replace(path)
     return path
 
 
@@ -283,5 +285,10 @@ def move_into_place(staged: Path, output: Path) -> None:
     old = output.with_name(f".{output.name}.old-{os.getpid()}")
     if output.exists():
         output.rename(old)
-    staged.rename(output)
+    try:
+        staged.rename(output)
+    except OSError:
+        if old.exists():
+            old.rename(output)
+        raise
     shutil.rmtree(old, ignore_errors=True)

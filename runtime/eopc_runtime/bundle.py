@@ -21,6 +21,8 @@ from eopc_runtime.profiles import COMPUTE_DTYPES, DIALECTS, PRECISIONS
 MANIFEST_SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
 ENERGY_NAME = "energy.json"
+WEIGHTS_NAME = "weights.bin"
+TOKENIZER_NAME = "tokenizer/tokenizer.json"
 KEEP_SHARES = ("layers", "kv_groups", "ffn")
 _CHUNK_BYTES = 1 << 20
 
@@ -365,7 +367,12 @@ def _check_files(manifest: Manifest) -> None:
     for path in paths:
         if paths.count(path) > 1:
             raise BundleError(f"{MANIFEST_NAME} lists {path} twice. Build the bundle again.")
-    needed = [ENERGY_NAME, *(p for tier in manifest.tiers for p in (tier.graph, tier.mask))]
+    needed = [
+        ENERGY_NAME,
+        WEIGHTS_NAME,
+        TOKENIZER_NAME,
+        *(p for tier in manifest.tiers for p in (tier.graph, tier.mask)),
+    ]
     for path in needed:
         if path not in paths:
             near = did_you_mean(path, paths)

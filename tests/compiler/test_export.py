@@ -115,7 +115,7 @@ def write_ladder(
     calibration = [torch.randint(0, config.vocab_size, (4, 32), generator=generator)]
     observed = observe(build_model(config, tensors, CONTEXT), calibration)
     orders = [s.order() for s in observed.scores]
-    storage = Storage.choose(precision, dtype, dialect, {config.hidden_size, 32})
+    storage = Storage.choose(precision, dtype, dialect, {config.hidden_size, 32}, len(config.layers))
     root.mkdir(parents=True, exist_ok=True)
     table, bytes_by_type = write_weights(
         root / "weights.bin", config, tensors.__getitem__, orders, masks, storage, CONTEXT, observed, calibration

@@ -148,7 +148,7 @@ def test_the_loss_under_a_mask_is_that_of_the_sliced_model(
     orders = [s.order() for s in observe(model, batches).scores]
     silenced = loss_under_mask(model, batches, mask, orders, config)
 
-    storage = Storage.choose("fp32", "float32", DIALECTS["native"], {32})
+    storage = Storage.choose("fp32", "float32", DIALECTS["native"], {32}, layers=3)
     path = tmp_path / "weights.bin"
     table, _ = write_weights(path, config, tensors.__getitem__, orders, [mask], storage, CONTEXT)
     sliced = load_tier(tier_config(config, mask), table, WeightReader(path), CONTEXT)

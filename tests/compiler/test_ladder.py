@@ -118,7 +118,7 @@ def test_tier_cost_counts_what_the_tensor_shapes_say(make_tiny: MakeTiny, mask: 
     head = math.prod(shapes["lm_head.weight"])
     keys = sum(shapes[n][0] for n in shapes if n.endswith("k_proj.weight"))
     queries = sum(shapes[n][0] for n in shapes if n.endswith("q_proj.weight"))
-    cost = tier_cost(config, mask, bytes_per_weight=1.0625, cache_bytes=2)
+    cost = tier_cost(config, mask, bytes_per_weight=lambda _name, _layer: 1.0625, cache_bytes=2)
     assert cost.layers == len(mask.layers)
     assert cost.weight_bytes == round((matrices + head) * 1.0625)
     assert cost.flops_per_token == 2 * matrices and cost.head_flops == 2 * head
@@ -128,7 +128,9 @@ def test_tier_cost_counts_what_the_tensor_shapes_say(make_tiny: MakeTiny, mask: 
 
 def test_a_tied_head_costs_what_an_untied_one_does(make_tiny: MakeTiny) -> None:
     """The head is read every step whether or not it shares the embedding's values."""
-    costs = [tier_cost(make_tiny(tie_word_embeddings=tied)[0], FULL, 1, 4) for tied in (False, True)]
+    costs = [
+        tier_cost(make_tiny(tie_word_embeddings=tied)[0], FULL, lambda _name, _layer: 1.0, 4) for tied in (False, True)
+    ]
     assert costs[0] == costs[1]
 
 

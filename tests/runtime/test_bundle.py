@@ -48,6 +48,8 @@ def bundle(tmp_path):
         (root / f"tiers/t{i}").mkdir(parents=True)
         (root / f"tiers/t{i}/model.onnx").write_bytes(b"graph %d" % i)
         (root / f"tiers/t{i}/mask.json").write_text("{}")
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer/tokenizer.json").write_text("{}")
     (root / "weights.bin").write_bytes(bytes(range(256)) * 5000)  # more than one chunk of 1 MiB
     tiers = (
         TierEnergy("t0", 0.1, 0.01, 0.0, 0.5, 0.001, "prior"),
@@ -58,6 +60,7 @@ def bundle(tmp_path):
         "weights.bin",
         "energy.json",
         *(f"tiers/t{i}/{f}" for i in (0, 1) for f in ("model.onnx", "mask.json")),
+        "tokenizer/tokenizer.json",
     ]
     entries = [file_entry(root, name) for name in names]
     write(
@@ -194,6 +197,8 @@ def test_a_binary_manifest_is_refused(bundle):
         (lambda m: m.update(files={}), '"files" must be a list, not an object'),
         (lambda m: m["files"].append(m["files"][0]), "lists weights.bin twice"),
         (lambda m: m["files"].pop(1), "uses energy.json but does not list it"),
+        (lambda m: m["files"].pop(0), "uses weights.bin but does not list it"),  # else it would run unverified
+        (lambda m: m["files"].pop(), "uses tokenizer/tokenizer.json but does not list it"),
         (lambda m: m["tiers"][0].update(graph="tiers/t0/modle.onnx"), 'Did you mean "tiers/t0/model.onnx"'),
     ],
 )

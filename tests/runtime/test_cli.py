@@ -122,6 +122,7 @@ def write_bundle(root: Path) -> Path:
     for i in range(2):
         (root / f"tiers/t{i}/model.onnx").write_bytes(b"not a graph")
         (root / f"tiers/t{i}/mask.json").write_text("{}")
+    (root / "weights.bin").write_bytes(b"weights")
     paths = sorted(path for path in root.rglob("*") if path.is_file())
     manifest = Manifest(
         eopc_version="0.1.0",
@@ -636,3 +637,14 @@ def test_the_group_is_a_click_group() -> None:
     """The entry point stays usable by tools that walk click commands."""
     assert isinstance(cli, click.Group)
     assert cli.list_commands(click.Context(cli)) == list(COMMANDS)
+
+
+def test_a_full_disk_behind_stdout_is_one_sentence(bundle: Path) -> None:
+    """`eopc inspect > /dev/full` says what failed, without a traceback (the negative twin is every other test)."""
+    command = [sys.executable, "-m", "eopc_runtime.cli", "inspect", str(bundle)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, text=True, check=False)
+    assert done.returncode == 1
+    assert "Error: the output cannot be read or written: No space left on device." in done.stderr
+    assert "Traceback" not in done.stderr

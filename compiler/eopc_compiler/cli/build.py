@@ -129,7 +129,10 @@ def next_steps(output: Path, device: str, dry_run: bool) -> list[str]:
 
 def default_name(model: str | None) -> str:
     """A folder name from the model's."""
-    return "SmolLM2-135M-Instruct" if model is None else Path(model.rstrip("/")).name.removesuffix(".gguf")
+    if model is None:
+        return "SmolLM2-135M-Instruct"
+    path = Path(model).expanduser()
+    return (path.resolve() if path.is_dir() else path).name.removesuffix(".gguf")  # `.` has a name, too
 
 
 def parse_workload(text: str) -> tuple[int, int]:

@@ -39,7 +39,7 @@ def make_tier(make_tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> MakeT
             **changes,
         )
         masks = [full_mask(config), PRUNED]
-        storage = Storage.choose(precision, dtype, DIALECTS[dialect], {128, 192, 256})
+        storage = Storage.choose(precision, dtype, DIALECTS[dialect], {128, 192, 256}, layers=2)
         if key not in done:
             root = tmp_path_factory.mktemp("-".join(map(str, key)))
             orders = [UnitOrder(tuple(range(2)), tuple(range(256))) for _ in config.layers]

