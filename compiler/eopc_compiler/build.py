@@ -102,19 +102,20 @@ def build(
         if state.staged is not None:
             move_into_place(state.staged, args.output)
             cache.clear()
+    except EopcError:
+        raise
     except Exception as error:
-        system = system_error(error)  # libraries wrap the system's errors in their own
-        if system is None:
-            raise
-        if system.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(error):
             cache.clear()
             raise EopcError(
                 f"the disk is full: writing beside {args.output} failed. Nothing was left behind; a build needs about "
                 f"three times the size of the weights. Free space, or choose another -o."
             ) from error
-        where = system.filename or f"a file beside {args.output}"
+        if not isinstance(error, OSError):
+            raise
+        where = error.filename or f"a file beside {args.output}"
         raise EopcError(
-            f"the build stopped at {where}: {system.strerror or system}. Mend that and run it again; finished stages "
+            f"the build stopped at {where}: {error.strerror or error}. Mend that and run it again; finished stages "
             f"are reused."
         ) from error
     finally:
@@ -179,10 +180,10 @@ def siblings(output: Path, kind: str) -> Sequence[Path]:
     return list(output.parent.glob(f".{glob.escape(output.name)}.{kind}-*"))
 
 
-def system_error(error: BaseException | None) -> OSError | None:
-    """The OSError at the root of an exception, or None."""
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an exception stems from a full disk or quota; libraries wrap the system's errors in their own."""
     while error is not None:
-        if isinstance(error, OSError):
-            return error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
         error = error.__cause__ or error.__context__
-    return None
+    return False

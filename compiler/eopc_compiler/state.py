@@ -49,7 +49,7 @@ class BuildArgs:
     dry_run: bool = False
     resume: bool = True
     max_added_loss: float = 0.02  # nats per token that `--precision auto` may spend on the worst domain
-    calibration_windows: int = 12  # per domain
+    calibration_windows: int = 8  # per domain
     calibration_length: int = 256  # tokens
 
 
