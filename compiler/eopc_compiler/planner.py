@@ -21,7 +21,7 @@ from eopc_runtime.units import format_energy
 Price = Callable[[Mask], float]  # joules of the reference workload
 Loss = Callable[[Mask], float]
 
-LAYER_STEPS = 8  # candidates per tier differ by how many layers they drop
+LAYER_STEPS = 6  # candidates per tier differ by how many layers they drop
 
 
 @dataclass(frozen=True, slots=True)
