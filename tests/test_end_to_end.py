@@ -88,38 +88,45 @@ def test_t0_in_fp32_answers_and_equals_torch(tmp_path: Path) -> None:
     assert "Paris" in eopc("run", str(output), "--prompt", QUESTION, "--tier", "t0")["text"]
 
 
-@pytest.mark.skipif(not CORPORA.is_dir(), reason="the text beside the checkout is not there")
-@pytest.mark.parametrize("name", ["wiki", "code", "math"])
-def test_int8_perplexity_is_within_half_a_percent_of_torch(
-    built: tuple[Path, dict[str, Any]], name: str, tmp_path: Path
-) -> None:
-    """On text that calibration never saw, int8 through ONNX Runtime adds at most 0.5 % to PyTorch's fp32 perplexity."""
-    import torch
-
-    from eopc_compiler.checkpoint import open_checkpoint
-    from eopc_compiler.model import build_model
+def corpus(name: str) -> str:
+    """Text of one domain that calibration never saw."""
 
     def field(path: str, *keys: str) -> str:
         rows = map(json.loads, (CORPORA / path).read_text(encoding="utf-8").splitlines()[:400])
         return "\n".join("\n".join(row[k] for k in keys) for row in rows)
 
-    text = {
-        "wiki": lambda: (CORPORA / "wikitext2/wiki.valid.raw").read_text(encoding="utf-8")[200_000:260_000],
-        "code": lambda: field("mbpp/mbpp.jsonl", "code"),
-        "math": lambda: field("gsm8k/train_first2000.jsonl", "question", "answer"),
-    }[name]()
-    windows, length = 12, 512  # 6144 tokens: the standard error of the ratio is about 0.15 %
-    file = tmp_path / "text.txt"
-    file.write_text(text, encoding="utf-8")
-    (row,) = eopc("eval", str(built[0]), "--text", str(file), "--tier", "t0", "--max-tokens", str(windows * length))[
-        "tiers"
-    ]
+    if name == "wiki":
+        return (CORPORA / "wikitext2/wiki.valid.raw").read_text(encoding="utf-8")[200_000:260_000]
+    return (
+        field("mbpp/mbpp.jsonl", "code")
+        if name == "code"
+        else field("gsm8k/train_first2000.jsonl", "question", "answer")
+    )
+
+
+@pytest.mark.skipif(not CORPORA.is_dir(), reason="the text beside the checkout is not there")
+def test_int8_perplexity_is_within_half_a_percent_of_torch(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """int8 through ONNX Runtime adds at most 0.5 % to PyTorch's fp32 perplexity over three domains, none above 1 %."""
+    import torch
+
+    from eopc_compiler.checkpoint import open_checkpoint
+    from eopc_compiler.model import build_model
+
     checkpoint = open_checkpoint(None)
-    ids = torch.tensor(checkpoint.tokenizer().encode(text)[: windows * length]).view(windows, length)
+    tokenizer = checkpoint.tokenizer()
     model = build_model(checkpoint.config, {n: checkpoint.tensor(n) for n in checkpoint.tensor_names})
-    total = 0.0
-    for window in ids:
-        logits = model.score(window[None])[0]
-        total += float(torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="sum"))
-    dense = math.exp(total / (windows * (length - 1)))
-    assert row["perplexity"] == pytest.approx(dense, rel=5e-3)
+    windows, length = 8, 512  # the standard error of one domain's ratio is about 0.2 %
+    ratios = []
+    for name in ("wiki", "code", "maths"):
+        file = tmp_path / f"{name}.txt"
+        file.write_text(corpus(name), encoding="utf-8")
+        limit = str(windows * length)
+        (row,) = eopc("eval", str(built[0]), "--text", str(file), "--tier", "t0", "--max-tokens", limit)["tiers"]
+        ids = torch.tensor(tokenizer.encode(corpus(name))[: windows * length]).view(windows, length)
+        total = 0.0
+        for window in ids:
+            logits = model.score(window[None])[0]
+            total += float(torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="sum"))
+        ratios.append(row["perplexity"] / math.exp(total / (windows * (length - 1))))
+    assert max(ratios) <= 1.01
+    assert math.prod(ratios) ** (1 / 3) <= 1.005

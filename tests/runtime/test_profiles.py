@@ -81,10 +81,10 @@ def test_every_constant_has_its_unit_a_mark_and_a_source():
             assert len(constant.source) > 5
 
 
-def test_orin_prefers_primitive_and_carries_int4_only_natively():
-    """TensorRT 10.3 of JetPack 6.2 comes first, and block-wise int4 does not fit its opset."""
+def test_orin_prefers_native_and_carries_int4_only_there():
+    """JetPack 7.2 comes first; block-wise int4 does not fit the opset of JetPack 6.2's TensorRT 10.3."""
     orin = load_profile("orin")
-    assert orin.dialects == ("primitive", "native")
+    assert orin.dialects == ("native", "primitive")
     assert (orin.compute_dtype, orin.energy_source) == ("float16", "prior")
     assert orin.precisions_for("primitive") == ("fp16", "int8", "fp32")
     assert orin.precisions_for("native") == ("fp16", "int8", "int4", "fp32")
