@@ -135,12 +135,23 @@ def test_gptq_beats_rounding_on_correlated_inputs(bits: int, dtype: torch.dtype)
     assert int(compensated.codes.min()) >= low and int(compensated.codes.max()) <= high
 
 
-def test_gptq_on_independent_inputs_is_rounding() -> None:
+@pytest.mark.parametrize("block", [32, None])
+def test_int8_gptq_on_independent_inputs_is_rounding(block: int | None) -> None:
     """With nothing to compensate through (a diagonal Hessian), codes and scales are those of rounding."""
     weight = random_matrix(64, 8)
-    compensated = gptq(weight, 3.0 * torch.eye(64), 4, 32, torch.float32)
-    rounded = round_to_nearest(weight, 4, 32, torch.float32)
+    compensated = gptq(weight, 3.0 * torch.eye(64), 8, block, torch.float32)
+    rounded = round_to_nearest(weight, 8, block, torch.float32)
     assert torch.equal(compensated.codes, rounded.codes) and torch.equal(compensated.scales, rounded.scales)
+
+
+def test_int4_scale_search_never_loses_to_the_full_range() -> None:
+    """The searched scale of every column rounds with at most the squared error of the full-range scale."""
+    weight = random_matrix(64, 8)
+    searched = gptq(weight, 3.0 * torch.eye(64), 4, 32, torch.float32).dequantize()
+    full = round_to_nearest(weight, 4, 32, torch.float32).dequantize()
+    error, bound = ((x - weight).square().view(2, 32, 8).sum(1) for x in (searched, full))
+    assert bool((error <= bound * (1 + 1e-6)).all())  # sums of 32 fp32 squares
+    assert bool((error < bound).any())
 
 
 def test_gptq_does_not_depend_on_the_hessians_scale() -> None:
