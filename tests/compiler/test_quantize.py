@@ -171,8 +171,8 @@ def test_gptq_survives_inputs_that_never_fire() -> None:
     before = weight.clone(), hessian.clone()
     assert bool(gptq(weight, hessian, 4, 32, torch.float32).dequantize().isfinite().all())
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
-    dead = gptq(weight, torch.zeros(64, 64), 4, 32, torch.float32)
-    assert torch.equal(dead.codes, round_to_nearest(weight, 4, 32, torch.float32).codes)
+    dead = gptq(weight, torch.zeros(64, 64), 8, 32, torch.float32)
+    assert torch.equal(dead.codes, round_to_nearest(weight, 8, 32, torch.float32).codes)
 
 
 def test_gptq_keeps_zero_blocks_zero() -> None:

@@ -50,8 +50,9 @@ def test_every_runtime_module_imports_without_the_compiler_and_its_packages() ->
 
 
 def test_every_board_module_imports_without_torch() -> None:
-    """What runs on the device from the compiler's side needs no torch either."""
-    done = import_all("eopc_compiler.board", [*COMPILER_ONLY, *LATE], ROOT / "runtime", ROOT / "compiler")
+    """What runs on the device from the compiler's side needs no torch either; onnx comes with the TensorRT extras."""
+    blocked = [name for name in COMPILER_ONLY if name != "onnx"]
+    done = import_all("eopc_compiler.board", [*blocked, *LATE], ROOT / "runtime", ROOT / "compiler")
     assert done.returncode == 0, done.stderr
 
 
