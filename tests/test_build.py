@@ -112,28 +112,28 @@ def test_given_masks_are_built_as_given(tiny_checkpoint: Path, tmp_path: Path, b
 # --- the runtime on a real bundle -----------------------------------------------------------------------------------
 
 
+def assert_parts_equal_whole(tier: OrtTier, tokens: list[int], prefilled: int) -> None:
+    """Prefilling a part and decoding the rest must give the last logits of one whole prefill."""
+    whole = tier.forward(tier.new_cache(), tokens)[-1].copy()
+    cache = tier.new_cache()
+    tier.forward(cache, tokens[:prefilled])
+    for token in tokens[prefilled:]:
+        last = tier.forward(cache, [token])[-1]
+    np.testing.assert_allclose(last, whole, rtol=1e-4, atol=1e-4 * float(np.abs(whole).max()))
+
+
 def test_a_prompt_in_parts_equals_a_prompt_at_once(tiny_bundle: Path) -> None:
     """Prefill 20 tokens, or prefill 5 and decode 15: the same logits (fp32, other summation order: 1e-4)."""
     tier = OrtPool(Bundle.open(tiny_bundle)).get("t1")
     tokens = list(range(40, 60))
-    whole = tier.forward(tier.new_cache(), tokens)[-1].copy()
-    cache = tier.new_cache()
-    tier.forward(cache, tokens[:5])
-    for token in tokens[5:]:
-        last = tier.forward(cache, [token])[-1]
-    np.testing.assert_allclose(last, whole, rtol=1e-4, atol=1e-4 * float(np.abs(whole).max()))
+    assert_parts_equal_whole(tier, tokens, 5)
 
 
 def test_a_cache_grows_without_losing_what_it_holds(tiny_bundle: Path) -> None:
     """Crossing a growth step (128 slots) leaves the logits what one large prefill gives."""
     tier = OrtPool(Bundle.open(tiny_bundle)).get("t0")
     tokens = [(7 * i) % 250 for i in range(140)]
-    whole = tier.forward(tier.new_cache(), tokens)[-1].copy()
-    cache = tier.new_cache()
-    tier.forward(cache, tokens[:120])
-    for token in tokens[120:]:
-        last = tier.forward(cache, [token])[-1]
-    np.testing.assert_allclose(last, whole, rtol=1e-4, atol=1e-4 * float(np.abs(whole).max()))
+    assert_parts_equal_whole(tier, tokens, 120)
 
 
 def test_an_adopted_cache_holds_the_kept_heads_of_the_kept_layers(tiny_bundle: Path) -> None:

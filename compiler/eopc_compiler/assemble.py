@@ -20,10 +20,11 @@ from eopc_compiler.dialects import Dialect, EagerOps, rotary_tables
 from eopc_compiler.equalize import equalize_layer, smoothing
 from eopc_compiler.export import WeightTable, row_count, unit_count
 from eopc_compiler.importance import Observations, Report, capture_inputs, run_layer
-from eopc_compiler.ladder import Mask, UnitOrder
+from eopc_compiler.ladder import Mask, UnitOrder, tier_cost
 from eopc_compiler.model import Block, Llama, Projection
 from eopc_compiler.quantize import Quantized, choose_block, gptq, round_to_nearest
 from eopc_compiler.weights import ColumnMatrix, Entry, RowMatrix, Stored, WeightReader, WeightWriter
+from eopc_runtime.energy import TierCost
 
 GetTensor = Callable[[str], Tensor]
 BITS = {"int8": 8, "int4": 4}
@@ -65,10 +66,19 @@ class Storage:
 
     def bytes_per_weight(self, name: str, layer: int) -> float:
         """Stored bytes per element of a matrix, scales included."""
-        size, bits = {"float32": 4, "float16": 2}[self.dtype], self.bits_of(name, layer)
+        bits = self.bits_of(name, layer)
         if bits is None:
-            return size
-        return bits / 8 + (size / self.block if self.block else 0.0)
+            return self.value_bytes
+        return bits / 8 + (self.value_bytes / self.block if self.block else 0.0)
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of one value of the compute type: scales, caches, unquantised weights."""
+        return {"float32": 4, "float16": 2}[self.dtype]
+
+    def cost(self, config: LlamaConfig, mask: Mask) -> TierCost:
+        """What a tier stored this way costs to run, counted."""
+        return tier_cost(config, mask, self.bytes_per_weight, self.value_bytes)
 
 
 def write_weights(

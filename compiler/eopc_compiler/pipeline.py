@@ -21,14 +21,14 @@ from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.export import WeightTable, export_tier
 from eopc_compiler.importance import InputPeaks, LayerScores, Observations, loss_under_mask, observe
-from eopc_compiler.ladder import Mask, UnitOrder, full_mask, read_masks, tier_config, tier_cost
+from eopc_compiler.ladder import Mask, UnitOrder, full_mask, read_masks, tier_config
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.planner import TierPlan, plan_ladder, plan_masks
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_plan
 from eopc_compiler.state import CompileState, PrecisionTrial
 from eopc_compiler.weights import WeightReader
 from eopc_runtime import __version__
-from eopc_runtime.energy import TierEnergy, prior_energy
+from eopc_runtime.energy import prior_energy
 from eopc_runtime.errors import DeviceError, UsageError
 from eopc_runtime.memory import release_memory
 
@@ -288,16 +288,11 @@ def storage_for(state: CompileState, precision: str) -> Storage:
     return Storage.choose(precision, state.profile.compute_dtype, state.dialect, widths, len(config.layers))
 
 
-def tier_energy(state: CompileState, mask: Mask, storage: Storage, name: str = "t0") -> TierEnergy:
-    """The prior price of a tier on the device."""
-    cost = tier_cost(state.config, mask, storage.bytes_per_weight, {"float32": 4, "float16": 2}[storage.dtype])
-    return prior_energy(state.profile, name, cost, storage.precision)
-
-
 def reference_energy(state: CompileState, mask: Mask, storage: Storage) -> float:
     """Joules of the reference workload, both phases on this tier."""
     work = state.args.workload
-    return tier_energy(state, mask, storage).sequence_j(work.prompt_tokens, work.new_tokens)
+    energy = prior_energy(state.profile, "t0", storage.cost(state.config, mask), storage.precision)
+    return energy.sequence_j(work.prompt_tokens, work.new_tokens)
 
 
 def added_loss(state: CompileState, storage: Storage) -> dict[str, float]:

@@ -20,7 +20,7 @@ import torch
 
 from eopc_compiler.assemble import load_tier
 from eopc_compiler.export import WEIGHTS_FILE
-from eopc_compiler.ladder import keep_shares, mask_to_json, parameter_count, tier_config, tier_cost
+from eopc_compiler.ladder import keep_shares, mask_to_json, parameter_count, tier_config
 from eopc_compiler.state import CompileState
 from eopc_compiler.weights import WeightReader
 from eopc_runtime import __version__
@@ -193,11 +193,7 @@ def runtime_loss(bundle: Bundle, info: TierInfo, windows: torch.Tensor) -> float
 def energy_table(state: CompileState) -> EnergyTable:
     """Prior prices of every tier on the device."""
     assert state.storage is not None
-    cache_bytes = {"float32": 4, "float16": 2}[state.storage.dtype]
-    costs = {
-        f"t{i}": tier_cost(state.config, t.mask, state.storage.bytes_per_weight, cache_bytes)
-        for i, t in enumerate(state.plan)
-    }
+    costs = {f"t{i}": state.storage.cost(state.config, t.mask) for i, t in enumerate(state.plan)}
     return prior_table(state.profile, costs, state.storage.precision, 0.0)
 
 
@@ -205,7 +201,6 @@ def manifest(state: CompileState, root: Path, table: EnergyTable) -> Manifest:
     """The manifest of a staged bundle, before anything is measured."""
     assert state.checkpoint and state.storage and state.dialect and state.calibration
     config, work = state.config, state.args.workload
-    cache_bytes = {"float32": 4, "float16": 2}[state.storage.dtype]
     tiers = tuple(
         TierInfo(
             tier=f"t{i}",
@@ -218,7 +213,7 @@ def manifest(state: CompileState, root: Path, table: EnergyTable) -> Manifest:
             params=parameter_count(config, t.mask),
             keep=keep_shares(config, t.mask),
             layers=tuple(LayerInfo(d.source_layer, d.num_key_value_heads, d.intermediate_size) for d in t.mask.layers),
-            cost=tier_cost(config, t.mask, state.storage.bytes_per_weight, cache_bytes),
+            cost=state.storage.cost(config, t.mask),
             graph=f"tiers/t{i}/model.onnx",
             mask=f"tiers/t{i}/mask.json",
             note=t.note,
