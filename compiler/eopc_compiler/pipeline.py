@@ -178,7 +178,7 @@ def plan_tiers(state: CompileState) -> CompileState:
         def loss(mask: Mask) -> float:
             return loss_under_mask(model, batches(tokens), mask, orders, state.config)
 
-        tiers = plan_ladder(full, state.args.budgets_j, scores, orders, price, loss, state.align, state.say)
+        tiers = plan_ladder(full, state.args.budgets_j, scores, price, loss, state.align, state.say)
         path.write_text(json.dumps([asdict(t) for t in tiers]), encoding="utf-8")
 
     path = state.cache.get("plan", inputs, ".json", produce)

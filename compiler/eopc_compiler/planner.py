@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from eopc_compiler.config import LayerDims
 from eopc_compiler.importance import LayerScores
-from eopc_compiler.ladder import Mask, UnitOrder
+from eopc_compiler.ladder import Mask
 from eopc_runtime.errors import BudgetError
 from eopc_runtime.units import format_energy
 
@@ -40,7 +40,6 @@ def plan_ladder(
     full: Mask,
     budgets_j: Sequence[float],
     scores: Sequence[LayerScores],
-    orders: Sequence[UnitOrder],
     price: Price,
     loss: Loss,
     align: int,

@@ -31,7 +31,6 @@ class Case:
 
     def __init__(self, scores: Sequence[LayerScores]) -> None:
         self.scores = scores
-        self.orders = [s.order() for s in scores]
         self.full = Mask(tuple(LayerDims(i, len(s.kv_groups), len(s.ffn_channels)) for i, s in enumerate(scores)))
 
     def loss(self, mask: Mask) -> float:
@@ -45,7 +44,7 @@ class Case:
         return 10.0 - kept
 
     def plan(self, budgets: Sequence[float], **options: Any) -> tuple[TierPlan, ...]:
-        return plan_ladder(self.full, budgets, self.scores, self.orders, price, self.loss, ALIGN, **options)
+        return plan_ladder(self.full, budgets, self.scores, price, self.loss, ALIGN, **options)
 
     @property
     def floor(self) -> float:
