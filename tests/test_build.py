@@ -24,6 +24,7 @@ from eopc_compiler.weights import WeightWriter
 from eopc_runtime.bundle import Bundle
 from eopc_runtime.cli.main import cli
 from eopc_runtime.errors import BundleError, EopcError, ParityError
+from eopc_runtime.runners import ort as ort_runner
 from eopc_runtime.runners.ort import OrtPool, OrtTier
 from eopc_runtime.session import Session
 
@@ -134,6 +135,20 @@ def test_a_cache_grows_without_losing_what_it_holds(tiny_bundle: Path) -> None:
     tier = OrtPool(Bundle.open(tiny_bundle)).get("t0")
     tokens = [(7 * i) % 250 for i in range(140)]
     assert_parts_equal_whole(tier, tokens, 120)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 20])
+def test_a_long_prompt_runs_in_chunks(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """All logits of a prompt cut into chunks, the last one short, are those of the prompt in one piece."""
+    tier = OrtPool(Bundle.open(tiny_bundle)).get("t0")
+    tokens = list(range(40, 60))
+    whole = tier.forward(tier.new_cache(), tokens, logits="all")
+    monkeypatch.setattr(ort_runner, "PREFILL_CHUNK", chunk)
+    cache = tier.new_cache()
+    pieces = tier.forward(cache, tokens, logits="all")
+    assert cache.length == len(tokens) and pieces.shape == whole.shape
+    np.testing.assert_allclose(pieces, whole, rtol=1e-4, atol=1e-4 * float(np.abs(whole).max()))
+    np.testing.assert_allclose(tier.forward(tier.new_cache(), tokens)[-1], pieces[-1], rtol=1e-4, atol=1e-4)
 
 
 def test_an_adopted_cache_holds_the_kept_heads_of_the_kept_layers(tiny_bundle: Path) -> None:

@@ -1,8 +1,8 @@
 """Write weights.bin: every tensor of the ladder once, in deployment form, units sorted, quantised as asked.
 
 Layers are taken one at a time from the checkpoint, so this holds one layer beside whatever the checkpoint itself
-holds. A quantised layer is equalised, then rounded with GPTQ against the activations that the *already quantised*
-layers below it produce on the calibration text, as published.
+holds. A quantised layer is rotated and equalised, then rounded with GPTQ against the activations that the *already
+quantised* layers below it produce on the calibration text, as published.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import Dialect, EagerOps, rotary_tables
-from eopc_compiler.equalize import equalize_layer, smoothing
+from eopc_compiler.equalize import equalize_layer
 from eopc_compiler.export import WeightTable, row_count, unit_count
 from eopc_compiler.importance import Observations, Report, capture_inputs, run_layer
 from eopc_compiler.ladder import Mask, UnitOrder, tier_cost
 from eopc_compiler.model import Block, Llama, Projection
-from eopc_compiler.quantize import Quantized, choose_block, gptq, round_to_nearest
+from eopc_compiler.quantize import Quantized, choose_block, gptq, round_to_nearest, static_scale
+from eopc_compiler.rotate import Rotation, rotate_head, rotate_layer
 from eopc_compiler.weights import ColumnMatrix, Entry, RowMatrix, Stored, WeightReader, WeightWriter
 from eopc_runtime.energy import TierCost
 
@@ -34,6 +35,10 @@ HEAD = -1  # stands for the LM head where a source layer is asked for
 # three +2.2 / 4.4 / 5.3 %, against +7.7 / 10 / 6 % for the 24 between them.
 SENSITIVE_TO_INT4 = ("lm_head", "qkv_proj")
 EDGE_SHARE = 0.1  # of the layers at either end
+# Their inputs come from a norm and are Gaussian after rotation. Seen on SmolLM2-135M, divergence from fp32 in 1e-2 nats
+# when only these inputs are rounded to one static scale: q/k/v 0.11, gate and up 0.13; o_proj would add 0.08 and
+# down_proj, whose inputs differ from token to token by orders of magnitude, 0.37 even with a scale per token.
+NORMED = ("qkv_proj", "gate_proj", "up_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +49,24 @@ class Storage:
     dtype: str  # compute type: float32 or float16
     block: int | None  # inputs per scale; None is one scale per output
     edge_layers: frozenset[int] = frozenset()  # source layers that int4 leaves in int8
+    static_inputs: bool = False  # normed inputs are rounded to int8 too, so that the device multiplies codes by codes
 
     @classmethod
-    def choose(cls, precision: str, compute_dtype: str, dialect: Dialect, widths: set[int], layers: int) -> Storage:
+    def choose(
+        cls,
+        precision: str,
+        compute_dtype: str,
+        dialect: Dialect,
+        widths: set[int],
+        layers: int,
+        static_inputs: bool = False,
+    ) -> Storage:
         """Storage for a precision; fp32 and fp16 fix the compute type, quantised tiers follow the device."""
         dtype = {"fp32": "float32", "fp16": "float16"}.get(precision, compute_dtype)
         edge = round(EDGE_SHARE * layers)
         edges = frozenset(i for i in range(layers) if i < edge or i >= layers - edge)
-        return cls(precision, dtype, choose_block(widths) if dialect.block_quantization else None, edges)
+        block = choose_block(widths, BITS.get(precision)) if dialect.block_quantization else None
+        return cls(precision, dtype, block, edges, static_inputs and precision in BITS)
 
     @property
     def bits(self) -> int | None:
@@ -64,12 +79,20 @@ class Storage:
             return 8
         return self.bits
 
+    def has_static_inputs(self, name: str, layer: int) -> bool:
+        """Whether a matrix of a source layer multiplies rounded inputs."""
+        return self.static_inputs and self.bits_of(name, layer) == 8 and any(kind in name for kind in NORMED)
+
+    def block_of(self, name: str, layer: int) -> int | None:
+        """Inputs per scale of a matrix: products of codes are summed over a whole column before they are scaled."""
+        return None if self.has_static_inputs(name, layer) else self.block
+
     def bytes_per_weight(self, name: str, layer: int) -> float:
         """Stored bytes per element of a matrix, scales included."""
-        bits = self.bits_of(name, layer)
+        bits, block = self.bits_of(name, layer), self.block_of(name, layer)
         if bits is None:
             return self.value_bytes
-        return bits / 8 + (self.value_bytes / self.block if self.block else 0.0)
+        return bits / 8 + (self.value_bytes / block if block else 0.0)
 
     @property
     def value_bytes(self) -> int:
@@ -98,18 +121,26 @@ def write_weights(
     Args:
         get: tensors by Hugging Face name, fp32.
         masks: of all tiers; they fix where column matrices are cut.
-        observed: input peaks; with them, quantised layers are equalised first.
-        calibration: token batches [n, S] for GPTQ; without them codes are rounded to nearest.
+        observed: input peaks; with them, quantised layers are equalised too.
+        calibration: token batches [n, S] for GPTQ and static input scales; without them codes are rounded to nearest,
+            and inputs are not rounded.
     """
     head_name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     entries: dict[str, Entry] = {}
-    gptq_run = _GptqRun(config, get, context, calibration) if storage.bits and calibration else None
+    rotation = Rotation(config.hidden_size) if storage.bits else None
+    embedding = get("model.embed_tokens.weight")
+    if rotation:
+        embedding = rotation.columns(embedding)
+    gptq_run = _GptqRun(config, embedding, calibration) if storage.bits and calibration else None
     with WeightWriter(path) as writer:
         for name, table in zip(("cos", "sin"), rotary_tables(config, context), strict=True):
             entries[name] = writer.tensor(table, storage.dtype)
-        entries["model.embed_tokens.weight"] = _write_embedding(writer, get("model.embed_tokens.weight"), storage)
+        entries["model.embed_tokens.weight"] = _write_embedding(writer, embedding, storage)
+        del embedding
         for source, dims in enumerate(config.layers):
             layer = deployment_layer(config, source, get, orders[source])
+            if rotation:
+                rotate_layer(layer, rotation)
             if observed and storage.bits:
                 equalize_layer(layer, observed.peaks[source], orders[source], config)
             quantized = gptq_run.quantize_layer(source, layer, storage) if gptq_run else {}
@@ -117,9 +148,8 @@ def write_weights(
             if report:
                 report(source + 1, len(config.layers) + 1)
         norm, head = get("model.norm.weight").clone(), get(head_name).t().contiguous()
-        if observed and storage.bits:
-            s = smoothing(observed.head_peaks, head)
-            norm, head = norm / s, head * s[:, None]
+        if rotation:
+            norm, head = rotate_head(norm, head, rotation)
         entries["model.norm.weight"] = writer.tensor(norm, storage.dtype)
         quantized_head = gptq_run.quantize_head(head, norm, storage) if gptq_run else None
         stored_head = quantized_head or _round("lm_head", HEAD, head, storage)
@@ -170,7 +200,10 @@ def load_tier(config: LlamaConfig, table: WeightTable, reader: WeightReader, con
         entry, dims = table.of_tier(name, config.layers)
         owner, _, leaf = name.rpartition(".")
         value = _read(reader, entry, dims, name)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        module = model.get_submodule(owner)
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+        if leaf == "weight" and isinstance(module, Projection) and isinstance(entry, ColumnMatrix):
+            module.input_scale = entry.input_scale
     for buffer in ("cos", "sin"):
         entry = table.entries[buffer]
         assert isinstance(entry, Stored)
@@ -213,7 +246,8 @@ def _write_layer(
             [(groups, config.query_group_size * head), (groups, head), (groups, head)],
             group_bounds,
         ),
-        "mlp.gate_up_proj": ([(width, 1), (width, 1)], ffn_bounds),
+        "mlp.gate_proj": ([(width, 1)], ffn_bounds),
+        "mlp.up_proj": ([(width, 1)], ffn_bounds),
     }
     rows_per_unit = {"self_attn.o_proj": config.query_group_size * head, "mlp.down_proj": 1}
     for name, parameter in layer.named_parameters():
@@ -246,14 +280,13 @@ def _round(name: str, layer: int, matrix: Tensor, storage: Storage) -> Tensor | 
     bits = storage.bits_of(name, layer)
     if bits is None:
         return matrix
-    return round_to_nearest(matrix, bits, storage.block, getattr(torch, storage.dtype))
+    return round_to_nearest(matrix, bits, storage.block_of(name, layer), getattr(torch, storage.dtype))
 
 
 class _GptqRun:
     """Carries the calibration activations upwards through quantised layers."""
 
-    def __init__(self, config: LlamaConfig, get: GetTensor, context: int, calibration: Sequence[Tensor]) -> None:
-        embedding = get("model.embed_tokens.weight")
+    def __init__(self, config: LlamaConfig, embedding: Tensor, calibration: Sequence[Tensor]) -> None:
         self._hidden = [embedding[tokens] for tokens in calibration]
         with torch.device("meta"):
             self._shell = Llama(replace(config, layers=()), context=1)
@@ -262,16 +295,27 @@ class _GptqRun:
         self._eps = config.rms_norm_eps
 
     def quantize_layer(self, source: int, layer: Block, storage: Storage) -> dict[str, Quantized]:
-        """Quantise the four matrices of a layer on its inputs; the layer then computes with the rounded ones."""
-        names = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-        modules = {name: cast(Projection, layer.get_submodule(name)) for name in names}
-        with capture_inputs(modules) as captured:
+        """Quantise the matrices of a layer on its inputs; the layer then computes with the rounded ones."""
+        sharing = (  # matrices of one input are quantised side by side: columns do not depend on each other
+            ("self_attn.qkv_proj",),
+            ("self_attn.o_proj",),
+            ("mlp.gate_proj", "mlp.up_proj"),
+            ("mlp.down_proj",),
+        )
+        modules = {name: cast(Projection, layer.get_submodule(name)) for names in sharing for name in names}
+        with capture_inputs({names[0]: modules[names[0]] for names in sharing}) as captured:
             for x in self._hidden:
                 run_layer(self._shell, layer, x)
         result = {}
-        for name, projection in modules.items():
-            result[name] = self._quantize(name, source, projection.weight.data, captured.pop(name), storage)
-            projection.weight.data = result[name].dequantize()
+        for names in sharing:
+            weights = [modules[name].weight.data for name in names]
+            joined = self._quantize(names[0], source, torch.cat(weights, 1), captured.pop(names[0]), storage)
+            sizes = [w.shape[1] for w in weights]
+            parts = zip(names, torch.split(joined.codes, sizes, 1), torch.split(joined.scales, sizes, -1), strict=True)
+            for name, codes, scales in parts:
+                result[name] = replace(joined, codes=codes, scales=scales)
+                modules[name].weight.data = result[name].dequantize()
+                modules[name].input_scale = joined.input_scale
         self._hidden = [run_layer(self._shell, layer, x) for x in self._hidden]
         return result
 
@@ -283,7 +327,9 @@ class _GptqRun:
     def _quantize(self, name: str, layer: int, weight: Tensor, inputs: Sequence[Tensor], storage: Storage) -> Quantized:
         bits = storage.bits_of(name, layer)
         assert bits is not None
-        return gptq(weight, _gram(inputs), bits, storage.block, getattr(torch, storage.dtype))
+        dtype = getattr(torch, storage.dtype)
+        scale = static_scale(inputs, dtype) if storage.has_static_inputs(name, layer) else None
+        return replace(gptq(weight, _gram(inputs), bits, storage.block_of(name, layer), dtype), input_scale=scale)
 
 
 def _gram(inputs: Sequence[Tensor]) -> Tensor:

@@ -3,13 +3,14 @@
 Kernels for int8 weights quantise activations to 8 bits as well, one scale per block of channels; one outlier channel
 then costs its whole block its precision. SmoothQuant (Xiao et al., arXiv 2211.10438) divides each input channel by
 s_j = peak(x_j)^a / peak(w_j)^(1 - a) and multiplies the matching weight row by it. The division is free: it goes into
-what produces the channel, a norm's weight, the up projection or the value projection.
+what produces the channel, the up projection or the value projection. Inputs that come from a norm are evened out by
+rotation instead (rotate.py).
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.importance import InputPeaks
@@ -30,18 +31,11 @@ def smoothing(peaks: Tensor, weight: Tensor) -> Tensor:
 def equalize_layer(block: Block, peaks: InputPeaks, order: UnitOrder, config: LlamaConfig) -> None:
     """Equalise a deployment-form layer in place; `peaks` are in original unit order, the layer in sorted order."""
     attention, mlp = block.self_attn, block.mlp
-    assert attention.qkv_proj is not None and mlp.gate_up_proj is not None, "equalisation needs deployment form"
-    for norm, projection, peak in (
-        (block.input_layernorm, attention.qkv_proj, peaks.qkv),
-        (block.post_attention_layernorm, mlp.gate_up_proj, peaks.gate_up),
-    ):
-        s = smoothing(peak, projection.weight.data)
-        norm.weight.data /= s
-        projection.weight.data *= s[:, None]
+    assert attention.qkv_proj is not None, "equalisation needs deployment form"
 
     # up feeds down channel by channel: silu(gate) * up / s
     s = smoothing(peaks.down[torch.tensor(order.ffn_channels)], mlp.down_proj.weight.data)
-    _divide_columns(mlp.gate_up_proj.weight.data, mlp.gate_up_proj.bias, slice(mlp.width, None), s)
+    _divide_columns(mlp.up_proj.weight.data, mlp.up_proj.bias, slice(None), s)
     mlp.down_proj.weight.data *= s[:, None]
 
     # a value channel feeds the same channel of every query head of its group: they share one factor
@@ -55,7 +49,7 @@ def equalize_layer(block: Block, peaks: InputPeaks, order: UnitOrder, config: Ll
     attention.o_proj.weight.data *= spread[:, None]
 
 
-def _divide_columns(weight: Tensor, bias: Tensor | None, columns: slice, s: Tensor) -> None:
+def _divide_columns(weight: Tensor, bias: nn.Parameter | None, columns: slice, s: Tensor) -> None:
     weight[:, columns] /= s
     if bias is not None:
         bias.data[columns] /= s

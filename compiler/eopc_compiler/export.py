@@ -6,6 +6,8 @@ traced the same way. Afterwards each initializer is replaced by what the bundle 
 * fp16 and fp32: an external tensor, or a Concat of the column pieces a tier keeps;
 * int8 and int4: codes and scales, joined the same way, behind one DequantizeLinear, the form that ONNX Runtime
   fuses into MatMulNBits and TensorRT into a weight-only GEMM;
+* int8 with an input scale: the inputs pass QuantizeLinear and DequantizeLinear as well, and both runtimes multiply
+  codes by codes;
 * the embedding: its rows are gathered *before* they are dequantised, so a step never expands the table.
 
 External data is named "weights.bin", relative to the bundle's root: loaders pass that folder (ONNX Runtime
@@ -72,7 +74,7 @@ def _entry(fields: dict[str, Any]) -> Entry:
     if kind == "RowMatrix":
         return RowMatrix(**{**fields, "codes": _stored(fields["codes"]), "scales": _stored_or_none(fields["scales"])})
     pieces = [Piece(p["units"], _stored(p["codes"]), _stored_or_none(p["scales"])) for p in fields["pieces"]]
-    return ColumnMatrix(tuple(pieces), fields["block"])
+    return ColumnMatrix(tuple(pieces), fields["block"], fields["input_scale"])
 
 
 def _stored(fields: dict[str, Any]) -> Stored:
@@ -186,6 +188,8 @@ def attach_weights(model: ir.Model, config: LlamaConfig, dialect: Dialect, table
         elif isinstance(entry, ColumnMatrix) and is_packed(entry) and len(entry.kept(unit_count(name, dims))) > 1:
             builder.split_matmul(value, entry, unit_count(name, dims), name)
         else:
+            if isinstance(entry, ColumnMatrix) and entry.input_scale is not None:
+                builder.quantize_inputs(value, entry.input_scale, name)
             builder.replace(value, builder.load(entry, dims, name))
         del model.graph.initializers[value.name]
     model.graph.sort()  # ONNX wants producers before consumers
@@ -225,6 +229,23 @@ class _Builder:
             return self.constant(parts[0], f"{name}.data")
         values = [self.constant(part, f"{name}.{i}") for i, part in enumerate(parts)]
         return self.node("Concat", values, f"{name}.joined", {"axis": -1 if len(parts[0].shape) == 1 else 1})
+
+    def quantize_inputs(self, weight: ir.Value, scale: float, name: str) -> None:
+        """Round what a matrix multiplies to int8 codes: QuantizeLinear, DequantizeLinear.
+
+        Every matrix has a pair of its own, also where two share an input: ONNX Runtime multiplies codes by codes only
+        where each DequantizeLinear has one reader.
+        """
+        ((matmul, _),) = weight.uses()
+        assert matmul.op_type == "MatMul"
+        dtype = np.float16 if weight.dtype == ir.DataType.FLOAT16 else np.float32
+        size = self.small(f"{name}.input_scale", np.array(scale, dtype=dtype))
+        zero = self.small(f"{name}.input_zero", np.array(0, dtype=np.int8))
+        codes = ir.node("QuantizeLinear", [matmul.inputs[0], size, zero])
+        values = ir.node("DequantizeLinear", [codes.outputs[0], size, zero])
+        codes.outputs[0].name, values.outputs[0].name = f"{name}.input_codes", f"{name}.input_values"
+        self.graph.insert_before(matmul, [codes, values])
+        matmul.replace_input_with(0, values.outputs[0])
 
     def split_matmul(self, value: ir.Value, entry: ColumnMatrix, units: int, name: str) -> None:
         """One MatMul per column piece, outputs joined: ONNX has no Concat of int4 constants."""

@@ -39,11 +39,9 @@ class LayerScores:
 
 @dataclass(frozen=True, slots=True)
 class InputPeaks:
-    """Largest magnitude of every input channel of a layer's four deployment-form matrices, original order."""
+    """Largest magnitude of every input channel of a layer's two output matrices, original order."""
 
-    qkv: Tensor  # [hidden]
     o: Tensor  # [q_heads * head_dim]
-    gate_up: Tensor  # [hidden]
     down: Tensor  # [ffn]
 
 
@@ -53,7 +51,6 @@ class Observations:
 
     scores: tuple[LayerScores, ...]
     peaks: tuple[InputPeaks, ...]
-    head_peaks: Tensor  # [hidden]: inputs of the LM head
 
 
 Report = Callable[[int, int], None]  # done, total
@@ -65,13 +62,7 @@ def observe(model: Llama, batches: Sequence[Tensor], report: Report | None = Non
     hidden = [model.model.embed_tokens(tokens) for tokens in batches]
     for index, layer in enumerate(model.blocks):
         attention, mlp = layer.self_attn, layer.mlp
-        modules = {
-            "qkv": attention.q_proj,
-            "o": attention.o_proj,
-            "gate_up": mlp.gate_proj,
-            "down": mlp.down_proj,
-        }
-        with capture_inputs(modules) as inputs:
+        with capture_inputs({"o": attention.o_proj, "down": mlp.down_proj}) as inputs:
             after = [run_layer(model, layer, x) for x in hidden]
         cosines = torch.cat([F.cosine_similarity(a, b, dim=-1).flatten() for a, b in zip(hidden, after, strict=True)])
         heads = _energy(inputs["o"], attention.o_proj.weight)
@@ -88,8 +79,7 @@ def observe(model: Llama, batches: Sequence[Tensor], report: Report | None = Non
         hidden = after
         if report:
             report(index + 1, len(model.blocks))
-    head_peaks = _peaks([model.model.norm(x).flatten(0, -2) for x in hidden])
-    return Observations(tuple(scores), tuple(peaks), head_peaks)
+    return Observations(tuple(scores), tuple(peaks))
 
 
 def loss_under_mask(

@@ -69,13 +69,14 @@ def keep_shares(config: LlamaConfig, mask: Mask) -> dict[str, float]:
 
 
 def matrix_shapes(config: LlamaConfig, dims: LayerDims) -> dict[str, tuple[int, int]]:
-    """[in, out] of the four deployment-form matrices of a layer."""
+    """[in, out] of the deployment-form matrices of a layer."""
     q = dims.num_key_value_heads * config.query_group_size * config.head_dim
     kv = dims.num_key_value_heads * config.head_dim
     return {
         "self_attn.qkv_proj": (config.hidden_size, q + 2 * kv),
         "self_attn.o_proj": (q, config.hidden_size),
-        "mlp.gate_up_proj": (config.hidden_size, 2 * dims.intermediate_size),
+        "mlp.gate_proj": (config.hidden_size, dims.intermediate_size),
+        "mlp.up_proj": (config.hidden_size, dims.intermediate_size),
         "mlp.down_proj": (dims.intermediate_size, config.hidden_size),
     }
 

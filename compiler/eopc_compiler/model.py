@@ -6,9 +6,10 @@ Two visible entry points, both built on `Llama.forward`:
 * `decode(model, cache, token)` runs one token against the cache.
 
 A model is either in *checkpoint form* (q_proj, k_proj, v_proj, gate_proj, up_proj as Hugging Face stores them) or,
-after `fuse()`, in *deployment form*: qkv_proj and gate_up_proj merged, every matrix stored [in, out] so that
-the units a tier keeps are rows (o_proj, down_proj) or columns (qkv_proj, gate_up_proj), and 1/sqrt(head_dim) folded
-into the query columns. Exported graphs are always in deployment form. What differs between ONNX dialects (norm, rotary
+after `fuse()`, in *deployment form*: q, k and v merged into qkv_proj, every matrix stored [in, out] so that the units a
+tier keeps are rows (o_proj, down_proj) or columns (qkv_proj, gate_proj, up_proj), and 1/sqrt(head_dim) folded into the
+query columns. Gate and up stay apart: the product of one merged matrix would be split again, which copies all of it.
+Exported graphs are always in deployment form. What differs between ONNX dialects (norm, rotary
 embedding, attention, cache write) goes through an `Ops` object; see dialects.py.
 """
 
@@ -237,18 +238,13 @@ class FeedForward(nn.Module):
         self.gate_proj = Projection(config.hidden_size, self.width, config.mlp_bias)
         self.up_proj = Projection(config.hidden_size, self.width, config.mlp_bias)
         self.down_proj = Projection(self.width, config.hidden_size, config.mlp_bias)
-        self.gate_up_proj: Projection | None = None
 
     def fuse(self) -> None:
-        self.gate_up_proj = Projection.merged([self.gate_proj, self.up_proj])
-        del self.gate_proj, self.up_proj
-        self.down_proj.fuse()
+        for projection in (self.gate_proj, self.up_proj, self.down_proj):
+            projection.fuse()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate_up_proj is not None:
-            gate, up = torch.split(self.gate_up_proj(x), [self.width, self.width], -1)
-        else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(gate * torch.sigmoid(gate) * up)  # type: ignore[no-any-return]
 
 
@@ -272,6 +268,7 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(torch.empty(fan_out, fan_in), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(fan_out), requires_grad=False) if bias else None
         self.transposed = False
+        self.input_scale: float | None = None  # with one, inputs are rounded to int8 codes of this size
 
     @classmethod
     def merged(cls, parts: Sequence[Projection]) -> Projection:
@@ -298,6 +295,8 @@ class Projection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.transposed:
             return F.linear(x, self.weight, self.bias)
+        if self.input_scale is not None:
+            x = (x / self.input_scale).round().clamp(-128, 127) * self.input_scale
         y = torch.matmul(x, self.weight)
         return y if self.bias is None else y + self.bias
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,6 +98,7 @@ def observe_dense(state: CompileState) -> CompileState:
     assert state.selection is not None
     tokens, heldout, selection = state.calibration.tokens, state.heldout.domains, state.selection.domains
     inputs = {
+        "version": __version__,
         "model": state.checkpoint.fingerprint,
         "text": state.calibration.fingerprint,
         "heldout": state.heldout.fingerprint,
@@ -285,7 +287,9 @@ def storage_for(state: CompileState, precision: str) -> Storage:
     config = state.config
     q_widths = {d.num_key_value_heads * config.query_group_size * config.head_dim for d in config.layers}
     widths = {config.hidden_size, config.query_group_size * config.head_dim, state.align, *q_widths}
-    return Storage.choose(precision, state.profile.compute_dtype, state.dialect, widths, len(config.layers))
+    profile, layers = state.profile, len(config.layers)
+    static_inputs = profile.precision(precision).static_inputs
+    return Storage.choose(precision, profile.compute_dtype, state.dialect, widths, layers, static_inputs)
 
 
 def reference_energy(state: CompileState, mask: Mask, storage: Storage) -> float:
@@ -353,11 +357,11 @@ def batches(tokens: Tensor, size: int = 4) -> list[Tensor]:
 
 def save_observations(path: Path, seen: Observations, losses: dict[str, float]) -> None:
     """Write observations as plain arrays, no pickle."""
-    arrays = {"head_peaks": seen.head_peaks.numpy()}
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
     for i, (score, peak) in enumerate(zip(seen.scores, seen.peaks, strict=True)):
         arrays[f"{i}.kv_groups"], arrays[f"{i}.ffn_channels"] = np.array(score.kv_groups), np.array(score.ffn_channels)
         arrays[f"{i}.influence"] = np.array(score.influence)
-        arrays |= {f"{i}.{n}": getattr(peak, n).numpy() for n in ("qkv", "o", "gate_up", "down")}
+        arrays |= {f"{i}.{n}": getattr(peak, n).numpy() for n in ("o", "down")}
     arrays |= {f"loss.{name}": np.array(value) for name, value in losses.items()}
     with path.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy types **kwds as bool
@@ -372,9 +376,9 @@ def load_observations(path: Path) -> tuple[Observations, dict[str, float]]:
     for i in range(count):
         groups, channels = arrays[f"{i}.kv_groups"].tolist(), arrays[f"{i}.ffn_channels"].tolist()
         scores.append(LayerScores(tuple(groups), tuple(channels), float(arrays[f"{i}.influence"])))
-        peaks.append(InputPeaks(*(torch.from_numpy(arrays[f"{i}.{n}"]) for n in ("qkv", "o", "gate_up", "down"))))
+        peaks.append(InputPeaks(*(torch.from_numpy(arrays[f"{i}.{n}"]) for n in ("o", "down"))))
     losses = {n.removeprefix("loss."): float(v) for n, v in arrays.items() if n.startswith("loss.")}
-    return Observations(tuple(scores), tuple(peaks), torch.from_numpy(arrays["head_peaks"])), losses
+    return Observations(tuple(scores), tuple(peaks)), losses
 
 
 def _counter(state: CompileState, what: str) -> Callable[[int, int], None]:

@@ -2,8 +2,8 @@
 
 Matrices are stored in deployment form [in, out], units sorted by importance. Where a tier keeps fewer *rows* (o_proj,
 down_proj) its tensor is a prefix of the stored one: same offset, shorter length. Where it keeps fewer *columns*
-(qkv_proj, gate_up_proj) the stored matrix is cut into pieces at the ladder's widths, and a tier joins the pieces it
-keeps by a Concat of constants, which loaders fold. No byte is stored twice for a second tier.
+(qkv_proj, gate_proj, up_proj) the stored matrix is cut into pieces at the ladder's widths, and a tier joins the pieces
+it keeps by a Concat of constants, which loaders fold. No byte is stored twice for a second tier.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class ColumnMatrix:
 
     pieces: tuple[Piece, ...]
     block: int | None
+    input_scale: float | None = None  # inputs are rounded to int8 codes of this size first
 
     def kept(self, units: int) -> tuple[Piece, ...]:
         """The pieces of a tier that keeps `units` units, in column order."""
@@ -125,7 +126,9 @@ class WeightWriter:
                 pieces.append(self._piece(matrix, columns, bounds[0] if single else bound, dtype))
                 below = bound
             start += units * width
-        return ColumnMatrix(tuple(pieces), matrix.block if isinstance(matrix, Quantized) else None)
+        if isinstance(matrix, Tensor):
+            return ColumnMatrix(tuple(pieces), None)
+        return ColumnMatrix(tuple(pieces), matrix.block, matrix.input_scale)
 
     def rows(self, matrix: Tensor | Quantized, dtype: str, rows_per_unit: int = 1) -> RowMatrix:
         """Write a matrix of which tiers keep a prefix of rows."""

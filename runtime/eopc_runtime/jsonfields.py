@@ -96,6 +96,11 @@ class Fields:
             self.fail(f'"{key}" is "{value}", but must be one of {", ".join(known)}.{near}')
         return value
 
+    def boolean(self, key: str, default: bool) -> bool:
+        """True or false; `default` where the key is missing."""
+        self._read.add(key)
+        return self._typed(key, bool, "true or false") if key in self._obj else default
+
     def integer(self, key: str, minimum: int | None = None) -> int:
         """An integer (a boolean is not one), at least `minimum`."""
         value = self.raw(key)

@@ -48,10 +48,15 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """A weight precision: the share of bandwidth decode reaches, and the dialects that carry it."""
+    """A weight precision: the share of bandwidth decode reaches, and the dialects that carry it.
+
+    With static inputs, inputs of int8 matrices that come from a norm are rounded to int8 too, because the device
+    multiplies codes by codes faster than it unpacks weights.
+    """
 
     decode_efficiency: Constant
     dialects: tuple[str, ...]
+    static_inputs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +196,8 @@ def _precision(fields: Fields, name: str, dialects: tuple[str, ...]) -> Precisio
     own = fields.texts("dialects", default=dialects)
     if not own or set(own) - set(dialects):
         fields.fail(f"its dialects must be some of the device's, {', '.join(dialects)}.")
-    precision = Precision(_read_constant(fields.child("decode_efficiency"), "share"), own)
+    efficiency = _read_constant(fields.child("decode_efficiency"), "share")
+    precision = Precision(efficiency, own, fields.boolean("static_inputs", default=False))
     fields.done()
     return precision
 

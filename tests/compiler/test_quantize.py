@@ -17,6 +17,7 @@ from eopc_compiler.quantize import (
     gptq,
     pack_int4,
     round_to_nearest,
+    static_scale,
 )
 
 FP16_TINY = torch.finfo(torch.float16).tiny
@@ -113,10 +114,27 @@ def test_smaller_blocks_follow_the_matrix_more_closely() -> None:
 
 
 def test_the_block_divides_every_width() -> None:
-    """32 where every input width allows it, 16 otherwise, none where a width has no such divisor."""
-    assert choose_block({256, 128, 96}) == 32
-    assert choose_block({64, 48}) == 16
-    assert choose_block({72, 64}) is None
+    """64 where every input width allows it, 32 for int4, smaller otherwise, none where a width has no such divisor."""
+    assert choose_block({256, 128, 192}, 8) == 64
+    assert choose_block({256, 128, 192}, 4) == 32
+    assert choose_block({256, 128, 96}, 8) == 32
+    assert choose_block({64, 48}, 8) == 16
+    assert choose_block({72, 64}, 8) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_static_scale_serves_99_of_100_tokens(dtype: torch.dtype) -> None:
+    """Of tokens with peaks 1..200 the 199th meets code 127, whatever their order; the scale is exact in its type."""
+    tokens = torch.zeros(200, 8)
+    tokens[:, 3] = -torch.arange(1.0, 201.0)[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
+    scale = static_scale([tokens[:50], tokens[50:]], dtype)
+    assert scale * 127 == pytest.approx(199, rel=2.0**-11)  # fp16 may move the scale by that much
+    assert float(torch.tensor(scale).to(dtype)) == scale
+
+
+def test_inputs_that_never_fire_get_a_static_scale_above_zero() -> None:
+    """All-zero calibration inputs do not make a scale of 0 or NaN."""
+    assert static_scale([torch.zeros(5, 8)], torch.float16) > 0
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -103,6 +103,16 @@ def test_cpu_is_a_proxy_without_fp16():
     assert any("assumed" in note for note in cpu.notes)
 
 
+def test_only_the_cpu_rounds_normed_inputs():
+    """Static int8 inputs are asked for where they were measured to pay, and nowhere else."""
+    rounding = [(p.name, name) for p in list_profiles() for name, entry in p.precisions.items() if entry.static_inputs]
+    assert rounding == [("cpu", "int8"), ("cpu", "int4")]
+    wrong = json.loads(shipped_texts()["cpu"])
+    wrong["precisions"]["int8"]["static_inputs"] = "yes"
+    with pytest.raises(DeviceError, match='"static_inputs" must be true or false, not a string'):
+        parse_profile(json.dumps(wrong), "cpu", {})
+
+
 def test_what_a_profile_inherits_is_marked_unconfirmed():
     """orin-nano states its own idle power and bandwidth; joules per byte are orin's and only a guess."""
     nano, orin = load_profile("orin-nano"), load_profile("orin")

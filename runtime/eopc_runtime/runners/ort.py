@@ -25,6 +25,7 @@ from eopc_runtime.memory import release_memory
 from eopc_runtime.runners.base import Logits, Wanted, causal_mask, check_room
 
 GROWTH = 128  # slots a cache grows by; each growth copies the used part once
+PREFILL_CHUNK = 256  # tokens; attention of a chunk reads the cache up to its end only, so causality saves work
 RESIDENT_FACTOR = 1.4  # loaded weights may reach this multiple of the largest tier's
 
 
@@ -47,14 +48,15 @@ class OrtCache:
 class OrtTier:
     """One tier in ONNX Runtime on the CPU."""
 
-    def __init__(self, bundle: Bundle, info: TierInfo, threads: int | None = None, exact: bool = False) -> None:
+    def __init__(self, bundle: Bundle, info: TierInfo, threads: int | None = None, exact: bytes | None = None) -> None:
+        """Load a tier; with `exact`, a graph to run in place of the tier's own on floating-point activations."""
         ort = import_onnxruntime()
         manifest = bundle.manifest
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if threads:
             options.intra_op_num_threads = threads
-        # 8-bit products for weight-only matrices; exact keeps activations in floating point, for parity checks
+        # 8-bit products for weight-only matrices, unless activations are to stay in floating point
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if exact else "4")
         # graphs name weights.bin relative to the bundle, and ONNX Runtime lets no path leave the folder given here
         options.add_session_config_entry(
@@ -62,7 +64,7 @@ class OrtTier:
         )
         try:
             self._session = ort.InferenceSession(
-                bundle.path(info.graph).read_bytes(), options, providers=["CPUExecutionProvider"]
+                exact or bundle.path(info.graph).read_bytes(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime raises many types; none means anything to a user
             raise BundleError(
@@ -88,8 +90,16 @@ class OrtTier:
         """See `TierRunner.forward`."""
         if cache.tier != self.tier:
             raise ValueError(f"a cache of {cache.tier} was given to {self.tier}; adopt() it first")
+        check_room(cache.length, len(tokens), self._context)
+        parts = []
+        for start in range(0, len(tokens), PREFILL_CHUNK):
+            chunk = tokens[start : start + PREFILL_CHUNK]
+            last = start + len(chunk) == len(tokens)
+            parts.append(self._append(cache, chunk, logits if last or logits == "all" else "none"))
+        return parts[-1] if logits != "all" else np.concatenate(parts)
+
+    def _append(self, cache: OrtCache, tokens: Sequence[int], logits: Wanted) -> Logits:
         count = len(tokens)
-        check_room(cache.length, count, self._context)
         self._reserve(cache, cache.length + count)
         if count == 1 and logits == "last":
             return self._decode(cache, tokens[0])
