@@ -53,6 +53,8 @@ def load_checkpoint(state: CompileState) -> CompileState:
     work, limit = state.args.workload, checkpoint.config.max_position_embeddings
     if work.prompt_tokens + work.new_tokens > limit:
         raise UsageError(f"the workload {work} does not fit the {limit} positions of {checkpoint.name}. Shorten it.")
+    if state.args.context > limit:
+        state.say(f"{checkpoint.name} has {limit} positions: prompt plus answer are limited to that")
     return replace(state, checkpoint=checkpoint, align=align)
 
 
