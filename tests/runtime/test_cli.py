@@ -117,7 +117,7 @@ def write_bundle(root: Path) -> Path:
         "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}"
     )
     steps = (4.0, 1.0)
-    prices = tuple(TierEnergy(f"t{i}", 0.0, s / 8, 0.0, s, 0.0, "prior") for i, s in enumerate(steps))
+    prices = tuple(TierEnergy(f"t{i}", 0.0, s / 8, 0.0, s, 0.0, 0.0, "prior") for i, s in enumerate(steps))
     (root / "energy.json").write_text(json.dumps(EnergyTable("fake", "prior", 0.0, prices).to_json()))
     for i in range(2):
         (root / f"tiers/t{i}/model.onnx").write_bytes(b"not a graph")
@@ -291,7 +291,7 @@ def test_run_streams_text_to_stdout_and_a_summary_to_stderr(bundle: Path) -> Non
     assert result.exit_code == 0
     # t0 reads the prompt for 4 J; three steps of 1 J would not fit into 5 J, so t1 does both: 1 + 3 = 4 J
     assert result.stdout == "ijkl\n"
-    assert result.stderr.startswith("[t1: 4 J of 5 J (prior), 8 + 4 tokens, ")
+    assert result.stderr.splitlines()[-1].startswith("[t1: 4 J of 5 J (prior), 8 + 4 tokens, ")
     assert result.stderr.endswith("ended by length]\n")
 
 
@@ -301,11 +301,35 @@ def test_run_json_is_exactly_the_documented_object(bundle: Path) -> None:
     value = json.loads(result.stdout)
     assert list(value) == [
         *("text", "tier", "plan", "tiers_used", "budget_j", "energy_j", "energy_source", "finish_reason"),
-        *("prompt_tokens", "completion_tokens", "ttft_s", "decode_tokens_per_s"),
+        *("prompt_tokens", "completion_tokens", "ttft_s", "decode_tokens_per_s", "enforced_by", "warnings"),
     ]
     assert (value["text"], value["plan"], value["tiers_used"]) == ("ijkl", "t0>t1", ["t0", "t1"])
     assert (value["energy_j"], value["budget_j"], value["finish_reason"]) == (7.0, 7.5, "length")
+    assert value["enforced_by"] == "model"
+    assert [w for w in value["warnings"] if "prior joules" in w]
     assert result.stderr == ""
+
+
+def test_run_under_a_prior_warns_once_and_strict_refuses_unless_a_safety_factor_is_named(bundle: Path) -> None:
+    """One warning line before the summary; --strict exits with 1 and the cure; --safety 4 raises every price."""
+    options = ("run", bundle, "--prompt", "abcdefgh", "--raw", "--max-new-tokens", 4, "--budget", "40J")
+    plain = eopc(*options)
+    assert plain.stderr.startswith("Warning: The budget is kept in prior joules")
+    assert plain.stderr.count("Warning") == 1
+    refused = eopc(*options, "--strict")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "safety factor of 4 or more" in refused.stderr
+    safe = json.loads(eopc(*options, "--strict", "--safety", 4, "--json").stdout)
+    assert (safe["plan"], safe["energy_j"]) == ("t0>t1", 4 * (8 * 0.5 + 3 * 1.0))
+    assert "raised 4 times" in safe["warnings"][0]
+    assert eopc(*options, "--safety", 0.5).exit_code == 2
+
+
+def test_a_strict_run_needs_a_budget(bundle: Path) -> None:
+    """There is nothing to hold otherwise."""
+    result = eopc("run", bundle, "--prompt", "a", "--strict")
+    assert result.exit_code == 1
+    assert "no budget was given" in result.stderr
 
 
 def test_run_uses_template_system_stop_and_tier(bundle: Path) -> None:

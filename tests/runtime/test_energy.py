@@ -23,6 +23,7 @@ tier_energies = st.builds(
     coefficient,
     coefficient,
     coefficient,
+    coefficient,
     st.just("prior"),
 )
 
@@ -48,13 +49,13 @@ SMOLLM2_135M = (30, 576, 1536, 9, 3, 64, 49152)
 
 
 def table(*tiers, margin=0.0, source="prior"):
-    """An energy table from (prefill_j1, step_j0, step_j1) triples."""
+    """An energy table from (prefill_j1, step_j0, context price) triples."""
     return EnergyTable(
         device="orin",
         source=source,
         margin=margin,
         tiers=tuple(
-            TierEnergy(f"t{i}", 0.1, per_token, 1e-7, step, context, source)
+            TierEnergy(f"t{i}", 0.1, per_token, 1e-7, step, context, context, source)
             for i, (per_token, step, context) in enumerate(tiers)
         ),
     )
@@ -64,7 +65,7 @@ def table(*tiers, margin=0.0, source="prior"):
 def test_decode_energy_is_the_sum_of_its_steps(energy, n, m):
     """The closed form equals the explicit sum over steps 1..m-1; 1e-9 covers the rounding of 300 "
     "additions."""
-    want = sum(energy.step_j(n + i) for i in range(1, m))
+    want = sum(energy.step_j(n, i) for i in range(1, m))
     assert energy.decode_j(n, m) == pytest.approx(want, rel=1e-9, abs=0)
     assert energy.sequence_j(n, m) == energy.prefill_j(n) + energy.decode_j(n, m)
 
@@ -79,7 +80,7 @@ def test_energy_rises_with_prompt_and_answer(energy, n, m):
 
 def test_the_first_token_comes_out_of_the_prefill():
     """Zero or one new token needs no decode step."""
-    energy = TierEnergy("t0", 1.0, 0.1, 0.0, 5.0, 0.5, "measured")
+    energy = TierEnergy("t0", 1.0, 0.1, 0.0, 5.0, 0.5, 0.5, "measured")
     assert energy.decode_j(10, 0) == energy.decode_j(10, 1) == 0
     assert energy.decode_j(10, 2) == 5.0 + 0.5 * 11  # the step attends to ten prompt tokens and itself
 
@@ -112,7 +113,7 @@ def test_orin_prices_long_contexts_like_the_published_slope():
     """J/token of the 1B fp16 engine rises 9.9e-6 per context token between 16k and 128k outputs; within "
     "15 %."""
     energy = prior_energy(load_profile("orin"), "t0", llama_cost(*LLAMA_1B, 16), "fp16")
-    assert energy.step_j1 == pytest.approx((1.386 - 0.836) / (64e3 - 8e3), rel=0.15)
+    assert energy.step_ji == pytest.approx((1.386 - 0.836) / (64e3 - 8e3), rel=0.15)
 
 
 def test_orin_prefill_is_the_right_size_and_not_below_the_published():
@@ -127,7 +128,7 @@ def test_orin_gives_a_plausible_step_for_smollm2_135m():
     """135 MB in int8 lie between 50 and 100 mJ per step, launches included."""
     cost = llama_cost(*SMOLLM2_135M, bits=8, head_bits=8)
     assert cost.weight_bytes == pytest.approx(135e6, rel=0.01)
-    assert 0.050 < prior_energy(load_profile("orin"), "t0", cost, "int8").step_j(256) < 0.100
+    assert 0.050 < prior_energy(load_profile("orin"), "t0", cost, "int8").step_j(256, 0) < 0.100
 
 
 def test_the_prior_is_the_additive_roofline():
@@ -147,7 +148,7 @@ def test_the_prior_is_the_additive_roofline():
     step = joules(cost.weight_bytes + c * cost.kv_bytes_per_token, step_flops)
     prefill_flops = n * cost.flops_per_token + cost.head_flops + cost.attn_flops_per_context * n * n / 2
     prefill = joules(cost.weight_bytes + n * cost.kv_bytes_per_token, prefill_flops)
-    assert energy.step_j(c) == pytest.approx(step, rel=1e-12)  # the same terms in another order
+    assert energy.step_j(c, 0) == pytest.approx(step, rel=1e-12)  # the same terms in another order
     assert energy.prefill_j(n) == pytest.approx(prefill, rel=1e-12)
     assert (energy.tier, energy.source) == ("t3", "prior")
 
@@ -160,7 +161,7 @@ def test_every_device_prices_a_smaller_tier_lower(profile):
     for precision in profile.precisions:
         ladder = prior_table(profile, {"t0": full, "t1": small}, precision, margin=0.1)
         assert ladder.source == profile.energy_source
-        assert ladder.step_price_j(1, 256) < ladder.step_price_j(0, 256)
+        assert ladder.step_price_j(1, 256, 1) < ladder.step_price_j(0, 256, 1)
         assert ladder.prefill_price_j(1, 256) < ladder.prefill_price_j(0, 256)
 
 
@@ -169,7 +170,7 @@ def test_a_cpu_prior_is_time_times_the_assumed_power():
     cpu, cost = load_profile("cpu"), llama_cost(*SMOLLM2_135M, bits=8, head_bits=8)
     energy = prior_energy(cpu, "t0", cost, "int8")
     assert energy.source == "proxy"
-    assert energy.step_j(100) == pytest.approx(30.0 * prior_step_s(cpu, cost, "int8", 100), rel=1e-12)
+    assert energy.step_j(100, 0) == pytest.approx(30.0 * prior_step_s(cpu, cost, "int8", 100), rel=1e-12)
 
 
 def test_a_precision_the_device_lacks_has_no_price():
@@ -182,7 +183,7 @@ def test_the_margin_multiplies_every_price():
     """5 % on the table is 5 % on prefill, step and plan, and none on the plain coefficients."""
     bare, raised = table((0.01, 1.0, 0.001)), table((0.01, 1.0, 0.001), margin=0.05)
     assert raised.prefill_price_j(0, 64) == pytest.approx(1.05 * bare.prefill_price_j(0, 64))
-    assert raised.step_price_j(0, 64) == pytest.approx(1.05 * bare.step_price_j(0, 64))
+    assert raised.step_price_j(0, 64, 1) == pytest.approx(1.05 * bare.step_price_j(0, 64, 1))
     assert raised.plan_price_j(0, 0, 64, 9) == pytest.approx(1.05 * bare.tiers[0].sequence_j(64, 9))
     assert raised.tiers == bare.tiers
 
@@ -206,7 +207,7 @@ def test_a_table_survives_its_json(triples, margin):
     ("change", "says"),
     [
         (lambda o: o.update(marign=0.1), 'unknown key "marign". Did you mean "margin"'),
-        (lambda o: o.update(schema=2), "newer eopc"),
+        (lambda o: o.update(schema=3), "newer eopc"),
         (lambda o: o.pop("schema"), '"schema" is missing'),
         (lambda o: o.update(margin=-0.1), "at least 0"),
         (lambda o: o.update(source="guess"), "measured, calibrated, prior, proxy"),
@@ -215,9 +216,9 @@ def test_a_table_survives_its_json(triples, margin):
         (lambda o: o["tiers"].reverse(), "where t0 belongs"),
         (lambda o: o["tiers"][1].update(step_j0=-1), "tiers[1]"),
         (lambda o: o["tiers"][0].update(step_j2=0.0), 'unknown key "step_j2"'),
-        (lambda o: o["tiers"][0].update(step_j1=float("inf")), "finite"),
-        (lambda o: o["tiers"][0].update(step_j1="1"), "must be a number, not a string"),
-        (lambda o: o["tiers"][0].update(step_j0=0, step_j1=0), "zero for a whole phase"),
+        (lambda o: o["tiers"][0].update(step_jn=float("inf")), "finite"),
+        (lambda o: o["tiers"][0].update(step_jn="1"), "must be a number, not a string"),
+        (lambda o: o["tiers"][0].update(step_j0=0, step_jn=0, step_ji=0), "zero for a whole phase"),
     ],
 )
 def test_a_malformed_energy_table_is_refused_with_the_reason(change, says):

@@ -22,7 +22,7 @@ def table(*tiers, margin=0.0):
         device="orin",
         source="prior",
         margin=margin,
-        tiers=tuple(TierEnergy(f"t{i}", 0.0, p, 0.0, s0, s1, "prior") for i, (p, s0, s1) in enumerate(tiers)),
+        tiers=tuple(TierEnergy(f"t{i}", 0.0, p, 0.0, s0, s1, s1, "prior") for i, (p, s0, s1) in enumerate(tiers)),
     )
 
 
@@ -40,14 +40,14 @@ def run(ladder, budget_j, prompt_tokens, max_new_tokens):
     plan = pick_tier(ladder, budget_j, Request(prompt_tokens, max_new_tokens))
     ledger = Ledger(budget_j)
     assert ledger.debit("prefill", ladder.prefill_price_j(plan.prefill, prompt_tokens), f"t{plan.prefill}")
-    tier, context, made, tiers = plan.decode, prompt_tokens, 1, [plan.decode]
-    while (action := next_action(ladder, ledger, tier, context, max_new_tokens - made)) != "stop":
+    tier, n, made, tiers = plan.decode, prompt_tokens, 1, [plan.decode]
+    while (action := next_action(ladder, ledger.remaining_j, tier, n, made - 1, max_new_tokens - made)) != "stop":
         if action == "downshift":
             tier += 1
             tiers.append(tier)
             continue
-        assert ledger.debit("decode", ladder.step_price_j(tier, context + 1), f"t{tier}")
-        context, made = context + 1, made + 1
+        assert ledger.debit("decode", ladder.step_price_j(tier, n, made), f"t{tier}")
+        made += 1
     return ledger, plan, made, tiers
 
 
@@ -125,20 +125,13 @@ def test_debits_never_exceed_the_budget(budget_j, debits):
 )
 def test_the_next_action_follows_the_ledger(budget_j, tier, remaining, action):
     """Step while the rest can be finished below, go down when that affords more, stop when nothing fits."""
-    assert next_action(LADDER, Ledger(budget_j), tier, context=10, remaining_tokens=remaining) == action
+    assert next_action(LADDER, budget_j, tier, n=10, done=0, remaining=remaining) == action
 
 
 def test_without_a_budget_the_tier_is_kept():
     """There is nothing to save for."""
-    assert next_action(LADDER, Ledger(None), 0, 10, 10) == "step"
-    assert next_action(LADDER, Ledger(None), 0, 10, 0) == "stop"
-
-
-def test_asking_changes_nothing():
-    """The decision is pure."""
-    ledger = Ledger(27.0)
-    assert {next_action(LADDER, ledger, 0, 10, 10) for _ in range(3)} == {"downshift"}
-    assert (ledger.spent_j, ledger.entries) == (0.0, ())
+    assert next_action(LADDER, math.inf, 0, 10, 0, 10) == "step"
+    assert next_action(LADDER, math.inf, 0, 10, 0, 0) == "stop"
 
 
 def test_a_dear_tier_is_left_in_time_to_finish():
@@ -151,7 +144,7 @@ def test_a_dear_tier_is_left_in_time_to_finish():
 def test_a_lower_tier_that_is_dearer_is_not_taken():
     """Going down must pay."""
     ladder = table((0.1, 2.0, 0.0), (0.1, 3.0, 0.0))
-    assert next_action(ladder, Ledger(4.5), 0, 10, 5) == "step"
+    assert next_action(ladder, 4.5, 0, 10, 0, 5) == "step"
 
 
 @given(tables, st.floats(min_value=1e-3, max_value=1e6), st.integers(1, 300), st.integers(1, 60))
