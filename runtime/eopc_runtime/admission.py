@@ -51,8 +51,8 @@ class Admission:
     warnings: tuple[str, ...]
 
     def prices(self, drift: float) -> EnergyTable:
-        """Return the prices charged at a drift; a factor asked for already covers a drift up to it."""
-        return self.table.widened(max(self.factor, drift, 1.0))
+        """Return the prices charged at a drift: it widens the margin as far as margin and factor fall short of it."""
+        return self.table.widened(_multiplier(self.table, self.factor, drift))
 
 
 def admit(
@@ -79,9 +79,14 @@ def admit(
     if terms.drift > 1 + table.margin:
         warnings.append(f"Of late sequences cost {terms.drift:.2f} times the prediction; prices are raised by that.")
     factor = terms.safety * inflation
-    priced = table.widened(max(factor, terms.drift, 1.0))
+    priced = table.widened(_multiplier(table, factor, terms.drift))
     plan = pick_tier(priced, budget_j, request) if tier is None else _forced(priced, tier, budget_j, request)
     return Admission(table, factor, terms.drift, plan, tuple(warnings))
+
+
+def _multiplier(table: EnergyTable, factor: float, drift: float) -> float:
+    """Return what prices are multiplied by, so that they are at least the bare prices x drift."""
+    return max(factor, drift / (1 + table.margin))
 
 
 def _forced(table: EnergyTable, tier: int, budget_j: float | None, request: Request) -> Plan:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from eopc_runtime.admission import Admission, Terms, admit
 from eopc_runtime.energy import EnergyTable
-from eopc_runtime.ledger import Ledger, affords_rest, next_action
+from eopc_runtime.ledger import Ledger, affordable_steps, affords_rest, next_action
 from eopc_runtime.policy import Request
 from eopc_runtime.reconcile import Guard, MeterWatch
 from eopc_runtime.units import format_energy
@@ -86,11 +86,9 @@ class Controller:
         return self._log(seen, Decision("prefill", tier, 0, price_j, self.ledger.spent_j))
 
     def wants_reading(self, time_s: float) -> bool:
-        """True if the meter should be read before the next decision: it is due, or without it this would stop."""
+        """True if the meter should be read before the next decision."""
         watch = self._watch
-        if watch is None or watch.lost is not None:
-            return False
-        return watch.wants_reading(time_s) or self._blind(time_s, self._price_j(self.tier, 1))
+        return watch is not None and watch.wants_reading(time_s, self.ledger.remaining_j)
 
     def next(self, seen: Seen) -> Decision:
         """Decide what comes now: up to `seen.at_most` decode steps on one tier, which are booked, or a stop."""
@@ -102,12 +100,8 @@ class Controller:
             tier += 1
         if action == "stop":
             return self._log(seen, Decision("stop", tier, 0, 0.0, self.ledger.spent_j))
-        steps = min(seen.at_most, remaining)
-        if steps > 1 and not affords_rest(self._prices, left_j, tier, n, self.done, remaining, here=steps):
-            steps = 1
+        steps = self._granted(seen, left_j, tier, remaining)
         price_j = self._price_j(tier, steps)
-        if self._blind(seen.time_s, price_j) and steps > 1:
-            steps, price_j = 1, self._price_j(tier, 1)
         if self._blind(seen.time_s, price_j) or not self.ledger.debit("decode", price_j, self._names[tier]):
             return self._log(seen, Decision("stop", tier, 0, 0.0, self.ledger.spent_j))
         if self._watch is not None:
@@ -162,6 +156,21 @@ class Controller:
         if watch.drift != self._drift:
             self._drift = watch.drift
             self._prices = self.admission.prices(self._drift)
+
+    def _granted(self, seen: Seen, left_j: float, tier: int, remaining: int) -> int:
+        """Return how many of the steps wished can run unwatched: all, those that are paid for, or one."""
+        n, steps = self.start.request.prompt_tokens, min(seen.at_most, remaining)
+        if steps < 2:
+            return 1
+        prices, done = self._prices, self.done
+        if affords_rest(prices, left_j, tier, n, done, remaining, here=1):
+            steps = steps if affords_rest(prices, left_j, tier, n, done, remaining, here=steps) else 1
+        else:
+            steps = max(affordable_steps(prices, left_j, tier, n, done, steps), 1)
+        if self._watch is None:
+            return steps
+        surprise_j = self._price_j(tier, steps) * self.start.guard.surge
+        return 1 if self._blind(seen.time_s, surprise_j) or not self.ledger.affords(surprise_j) else steps
 
     def _blind(self, time_s: float, price_j: float) -> bool:
         """True if what the meter cannot have seen yet may already leave no room for a price."""

@@ -27,7 +27,7 @@ class Guard:
     lag_s: float = 0.35
     reconcile_s: float = 1.0
     settle_s: float = 0.3
-    surge: float = 1.3
+    surge: float = 1.5
     memory_s: float = 2.0
     stuck_s: float = 5.0
 
@@ -64,9 +64,17 @@ class MeterWatch:
         self._booked.append((time_s, self._predicted_j))
         self._predicted_j += predicted_j
 
-    def wants_reading(self, time_s: float) -> bool:
-        """True if the last reading is as old as a reading may get."""
-        return self.lost is None and time_s - self._read_s >= self.guard.reconcile_s
+    def wants_reading(self, time_s: float, left_j: float) -> bool:
+        """True if a reading is due: the last one is old, power is not yet known, or the budget is nearly spent.
+
+        Nearly: what is left would not last twice as long as the meter can be behind.
+        """
+        guard = self.guard
+        if self.lost is not None or time_s - self._start_s < guard.lag_s:
+            return False
+        if self.watts is None or time_s - self._read_s >= guard.reconcile_s:
+            return True
+        return left_j < 2 * self.watts * (guard.lag_s + guard.reconcile_s)
 
     def read(self, time_s: float, metered_j: float) -> None:
         """Take the energy the meter shows so far; a reading that cannot be ends the trust in it."""

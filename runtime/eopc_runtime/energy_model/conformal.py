@@ -1,8 +1,11 @@
 """The margin: a factor on the prediction that new sequences exceed rarely, with the level it really holds.
 
-Split conformal prediction: cells the fit has not seen are scored by their largest measured / predicted ratio; the
+Split conformal prediction: cells the fit has not seen are scored by their largest measured / charged ratio; the
 margin 1 + q is the ceil((1 - alpha)(k + 1))-th smallest of k scores. A new cell from the same source exceeds it
 with a probability of at most alpha, whatever the errors look like, provided that k >= 1 / alpha - 1.
+
+The ratio is to the energy a budget is charged, in which a negative constant is not credited: the margin is added to
+that energy and to no other. What is charged too much for short answers therefore does not widen it a second time.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ def needed_cells(alpha: float) -> int:
 
 
 def split_conformal(scores: Sequence[float], alpha: float = ALPHA) -> Conformal:
-    """Return the margin for these measured / predicted ratios, one per cell, and the level it holds."""
+    """Return the margin for these measured / charged ratios, one per cell, and the level it holds."""
     needed_cells(alpha)
     k = len(scores)
     rank = min(math.ceil((1 - alpha) * (k + 1) - 1e-9), k)
@@ -38,13 +41,8 @@ def split_conformal(scores: Sequence[float], alpha: float = ALPHA) -> Conformal:
 
 
 def cell_scores(theta: Theta, samples: Samples) -> list[float]:
-    """Return the largest measured / predicted ratio of each cell's runs.
-
-    The prediction is the fit's own, a negative constant included, but never below the price of its tokens alone.
-    """
-    slope = samples.n_out * (theta.theta3 + theta.theta4 * samples.n_in)
-    predicted = np.maximum(theta.energy_j(samples.n_in, samples.n_out), slope)
-    ratio = samples.energy_j / predicted
+    """Return the largest measured / charged ratio of each cell's runs."""
+    ratio = samples.energy_j / theta.charged().energy_j(samples.n_in, samples.n_out)
     best: dict[tuple[int, int], float] = {}
     for n, m, r in zip(samples.n_in, samples.n_out, ratio, strict=True):
         cell = (int(n), int(m))
@@ -70,8 +68,6 @@ def margin_of(samples: Samples, form: Form, whole: Fitted, alpha: float = ALPHA,
 
 
 def largest_ratio(one: Theta, other: Theta, hull: Hull) -> float:
-    """Return the largest ratio of two energies over the hull, on a lattice of 65 x 65 lengths."""
+    """Return the largest ratio of two charged energies over the hull, on a lattice of 65 x 65 lengths."""
     n, m = np.meshgrid(np.geomspace(*hull.n_in, 65), np.geomspace(*hull.n_out, 65))
-    below = other.energy_j(n, m)
-    possible = below > 0
-    return float((one.energy_j(n, m)[possible] / below[possible]).max())
+    return float((one.charged().energy_j(n, m) / other.charged().energy_j(n, m)).max())

@@ -57,7 +57,12 @@ def _curves(theta: Theta, spots: Sequence[SweetSpot], n_outs: Sequence[int]) -> 
         j = bottom + i * step
         parts.append(f'<path d="M{x0} {y(j):.1f}h{width}" stroke="#e3e3e3"/>')
         parts.append(_text(x0 - 8, y(j) + 4, f"{j:.4g}", anchor="end"))
-    parts += [_text(x(m), y0 + height + 18, str(m), anchor="middle") for m in n_outs]
+    free = math.inf  # labels from the right, each only where the one beside it leaves room
+    for m in reversed(n_outs):
+        half = 4.0 * len(str(m))
+        if x(m) + half < free:
+            parts.append(_text(x(m), y0 + height + 18, str(m), anchor="middle"))
+            free = x(m) - half
     parts.append(_text(x0 + width / 2, y0 + height + 38, "generated tokens (n_out)", anchor="middle"))
     for i, (spot, curve) in enumerate(zip(spots, curves, strict=True)):
         color = _LINES[i % len(_LINES)]
