@@ -93,7 +93,7 @@ def test_without_noise_the_theta_is_exact() -> None:
 
 
 def test_errors_count_relative_to_each_row() -> None:
-    """One wrong large cell does not spoil the small ones: they stay within 5 %, where plain least squares is 30 % off."""
+    """One wrong large cell does not spoil the small ones: they stay within 5 %; plain least squares is 30 % off."""
     exact = samples(Theta(0.0, 0.001, 0.0, 0.5, 0.0, 0.0), [*GRID, (64, 4096)])
     energy = exact.energy_j.copy()
     energy[-1] *= 1.2
@@ -126,9 +126,9 @@ def test_few_cells_get_the_tied_form(cells: int, form: str) -> None:
 
 def test_fewer_than_six_cells_are_refused() -> None:
     """Five cells cannot carry a model; the message says how many can."""
-    with pytest.raises(UsageError, match="5 distinct .* at least 6"):
+    with pytest.raises(UsageError, match=r"5 distinct .* at least 6"):
         choose_form("auto", 5)
-    with pytest.raises(UsageError, match='no form "quadratik".*Did you mean "quadratic"'):
+    with pytest.raises(UsageError, match=r'no form "quadratik".*Did you mean "quadratic"'):
         choose_form("quadratik", 30)
 
 

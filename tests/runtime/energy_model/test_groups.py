@@ -21,7 +21,7 @@ from eopc_runtime.energy_model.groups import (
     read_coefficients,
 )
 from eopc_runtime.energy_model.rows import Group
-from eopc_runtime.errors import UsageError
+from eopc_runtime.errors import EopcError, UsageError
 
 THETA = Theta(-2.0, 0.003, 1e-6, 0.4, 1e-5, 1e-5)
 LENGTHS = (16, 32, 64, 128, 256, 512)
@@ -112,7 +112,7 @@ def test_a_malformed_coefficients_file_is_refused(
     change(content)
     path = tmp_path / "fit.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(Exception, match=".") as caught:
+    with pytest.raises(EopcError) as caught:
         read_coefficients(path)
     assert says in str(caught.value)
 

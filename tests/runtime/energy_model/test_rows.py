@@ -77,7 +77,7 @@ def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
     for name, says in (("b", "not a text file"), ("g", "not a text file"), ("none", "cannot be read")):
         with pytest.raises(UsageError, match=says):
             read_measurements(tmp_path / name)
-    with pytest.raises(UsageError, match='no column "engin".*Did you mean "engine"'):
+    with pytest.raises(UsageError, match=r'no column "engin".*Did you mean "engine"'):
         read(tmp_path, f"{HEADER},engine", "8,8,1,a", by=("engin",))
 
 

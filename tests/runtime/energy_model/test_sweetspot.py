@@ -63,7 +63,7 @@ def test_no_length_is_cheaper_per_token_than_the_sweet_spot(theta: Theta, n: int
 
 @given(thetas, lengths)
 def test_the_range_named_is_within_a_percent_and_no_wider_one_is(theta: Theta, n: int) -> None:
-    """Both ends cost at most 1 % more per token than the best; a token further out costs more, unless it is the edge."""
+    """Both ends cost at most 1 % more per token than the best; a token further out costs more, unless it is an edge."""
     low, high = 16, 600
     spot = sweet_spot(theta, n, (low, high))
     limit = spot.j_per_token * 1.01
