@@ -69,6 +69,8 @@ def admit(
     if budget_j is not None and table.nominal:
         _check_nominal(table, terms)
         warnings.append(_nominal_warning(table, terms))
+    if budget_j is not None and not table.nominal:
+        warnings += _doubtful_level(table, terms)
     hull = table.calibration.hull if table.calibration else None
     n, m = request.prompt_tokens, request.max_new_tokens
     inflation = hull.inflation(n, m) if hull else 1.0
@@ -110,6 +112,17 @@ def _check_nominal(table: EnergyTable, terms: Terms) -> None:
             f"A strict budget cannot be promised with {table.source} prices, {_doubt(table)}. Calibrate on the device "
             f"with `eopc calibrate`, or name a safety factor of {NOMINAL_SAFETY:g} or more with --safety."
         )
+
+
+def _doubtful_level(table: EnergyTable, terms: Terms) -> list[str]:
+    """Say so if it is not known, or less than was asked for, how often the margin holds."""
+    conformal = table.calibration.conformal if table.calibration else None
+    if conformal is None:
+        return ["It is not known how often these prices hold: no cells were kept for a margin."] if terms.strict else []
+    if conformal.short:
+        held, asked = f"{conformal.level:.0%}", f"{1 - conformal.alpha:.0%}"
+        return [f"The margin holds for {held} of sequences, not {asked}: only {conformal.k} cells were kept for it."]
+    return []
 
 
 def _nominal_warning(table: EnergyTable, terms: Terms) -> str:

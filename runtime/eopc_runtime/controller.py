@@ -68,6 +68,7 @@ class Controller:
         self._names = [tier.tier for tier in table.tiers]
         self._drift = start.terms.drift
         self._prices = self.admission.prices(self._drift)
+        self._reserve_j = 0.0  # what the meter may have missed at its last reading, beyond what is booked
         self._watch: MeterWatch | None = None
 
     def begin(self, seen: Seen) -> Decision:
@@ -95,7 +96,7 @@ class Controller:
         self._hear(seen)
         n = self.start.request.prompt_tokens
         remaining = self.start.request.max_new_tokens - 1 - self.done
-        left_j, tier = self.ledger.remaining_j, self.tier
+        left_j, tier = self.ledger.remaining_j - self._reserve_j, self.tier
         while (action := next_action(self._prices, left_j, tier, n, self.done, remaining)) == "downshift":
             tier += 1
         if action == "stop":
@@ -153,6 +154,9 @@ class Controller:
             watch.read(seen.time_s, seen.metered_j)
             if watch.lost is None:
                 self.ledger.raise_to(watch.likely_j(), self._names[self.tier])
+                self._reserve_j = max(watch.bound_j(seen.time_s) - self.ledger.spent_j, 0.0)
+        if watch.lost is not None:
+            self._reserve_j = 0.0
         if watch.drift != self._drift:
             self._drift = watch.drift
             self._prices = self.admission.prices(self._drift)

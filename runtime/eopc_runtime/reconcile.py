@@ -60,7 +60,7 @@ class MeterWatch:
         self._anchor = (start_s, 0.0, 0.0)  # start of the present window: time, metered, predicted
 
     def book(self, time_s: float, predicted_j: float) -> None:
-        """Note that work predicted to cost so much begins now."""
+        """Note that work predicted to cost so much begins now; what was booked before has ended."""
         self._booked.append((time_s, self._predicted_j))
         self._predicted_j += predicted_j
 
@@ -130,10 +130,10 @@ class MeterWatch:
         self._anchor = (self._covered_s, self._metered_j, predicted)
 
     def _predicted_at(self, time_s: float) -> float:
-        """Joules predicted to be spent by a time: linear between bookings, nothing of what is still running."""
-        if not self._booked or time_s <= self._booked[0][0]:
-            return self._booked[0][1] if self._booked else 0.0
-        if len(self._booked) == 1:
-            return self._booked[0][1]
-        (t0, j0), (t1, j1) = self._booked[0], self._booked[1]
-        return j0 if t1 <= t0 else j0 + (j1 - j0) * min((time_s - t0) / (t1 - t0), 1.0)
+        """Joules predicted to be spent by a time: linear between bookings, the last of which ended with the reading."""
+        if not self._booked:
+            return 0.0
+        (t0, j0), (t1, j1) = self._booked[0], (self._read_s, self._predicted_j)
+        if len(self._booked) > 1:
+            t1, j1 = self._booked[1]
+        return j0 if time_s <= t0 or t1 <= t0 else j0 + (j1 - j0) * min((time_s - t0) / (t1 - t0), 1.0)

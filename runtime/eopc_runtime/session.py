@@ -332,8 +332,9 @@ class Session:
         self.pool.get(used[0])  # loading a tier is not part of the time to the first token
         self._count += 1
         window = f"sequence {self._count}"
+        opened = self._open(window)
         try:
-            controller.begin(self._open(window))
+            controller.begin(opened)
             start = self._clock()
             cache, logits = self.prefill(job.ids, used[0])
             token = sample(logits, history, job.sampling, rng)
@@ -366,7 +367,7 @@ class Session:
                 decode_s += self._clock() - start
         finally:
             self.drift = controller.drift
-            if self._meter is not None:
+            if self._meter is not None and opened.lost is None:
                 with suppress(MeterLostError):  # the result says already who kept the budget
                     self._meter.end(window)
 
