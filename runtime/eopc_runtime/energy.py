@@ -126,10 +126,15 @@ class TierEnergy:
         """Joules charged for a whole sequence with both phases on this tier."""
         return self.prefill_j(n_in) + self.decode_j(n_in, n_out)
 
-    def expected_j(self, n_in: int, n_out: int) -> float:
-        """Joules a meter is expected to show for a sequence: never above what is charged, never below m steps."""
+    def expected_j(self, n_in: int, n_out: int, measured: bool = True) -> float:
+        """Joules a meter is expected to show for a sequence, a negative constant included.
+
+        Outside the measured lengths that constant could make short sequences free, so there it is at least the price
+        of n_out steps (but never more than what is charged).
+        """
         charged = self.sequence_j(n_in, n_out)
-        return max(charged + self.uncredited_j, min(charged, self.steps_j(n_in, 0, n_out)))
+        least = 0.0 if measured else min(charged, self.steps_j(n_in, 0, n_out))
+        return max(charged + self.uncredited_j, least)
 
 
 COEFFICIENTS = tuple(f.name for f in dataclass_fields(TierEnergy) if f.name not in ("tier", "source", "uncredited_j"))

@@ -32,6 +32,7 @@ from eopc_runtime.bundle import (
 )
 from eopc_runtime.cli import cli, doctor, machine
 from eopc_runtime.cli.bench import bench_tier
+from eopc_runtime.cli.energy import COMMANDS as ENERGY_COMMANDS
 from eopc_runtime.cli.evaluate import cut_windows, window_nll
 from eopc_runtime.cli.main import COMMANDS, Entry
 from eopc_runtime.cli.output import Progress, format_bytes
@@ -189,6 +190,8 @@ def test_help_and_every_commands_module_load_no_heavy_package() -> None:
         "cli.get_help(click.Context(cli, info_name='eopc'))\n"
         "print(*(m for m in sys.modules if m.startswith('eopc_runtime.cli.')))\n"
         "[importlib.import_module(e.module) for e in COMMANDS.values() if 'runtime' in e.module]\n"
+        "from eopc_runtime.cli import energy\n"
+        "[importlib.import_module(f'eopc_runtime.cli.{e[0]}') for e in energy.COMMANDS.values()]\n"
         "print(*(m for m in ('numpy', 'onnxruntime', 'torch', 'tokenizers', 'jinja2') if m in sys.modules))\n"
     )
     done = child("-c", code)
@@ -206,10 +209,16 @@ def test_help_lists_every_command_with_its_line() -> None:
     assert "eopc, version" in eopc("--version").output
 
 
-@pytest.mark.parametrize("name", [name for name, entry in COMMANDS.items() if "runtime" in entry.module])
-def test_every_runtime_command_has_help(name: str) -> None:
+RUNTIME_COMMANDS = [
+    *((name,) for name, entry in COMMANDS.items() if "runtime" in entry.module and name != "energy"),
+    *(("energy", name) for name in ENERGY_COMMANDS),
+]
+
+
+@pytest.mark.parametrize("name", RUNTIME_COMMANDS, ids=" ".join)
+def test_every_runtime_command_has_help(name: tuple[str, ...]) -> None:
     """Every command explains itself and knows --json."""
-    result = eopc(name, "--help")
+    result = eopc(*name, "--help")
     assert result.exit_code == 0
     assert "--json" in result.output
 
@@ -220,6 +229,8 @@ def test_unknown_command_names_the_nearest_or_all() -> None:
     result = eopc("zzzz")
     assert result.exit_code == 2
     assert "Commands: build, run" in result.output
+    assert "Did you mean 'predict'?" in eopc("energy", "predct").output
+    assert eopc("energy", "zzzz").exit_code == 2
 
 
 @pytest.mark.parametrize("package", ["torch", "eopc_compiler"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from eopc_runtime.energy import EnergyTable, TierEnergy
 from eopc_runtime.errors import BudgetError
-from eopc_runtime.ledger import Ledger, next_action
+from eopc_runtime.ledger import Ledger, affordable_steps, next_action
 from eopc_runtime.policy import Request, pick_tier
 
 price = st.floats(min_value=1e-6, max_value=5)
@@ -166,3 +166,36 @@ def test_a_budget_equal_to_the_named_price_plays_to_the_end():
     ledger, _, made, _ = run(ladder, price_j, 333, 2000)
     assert made == 2000
     assert ledger.spent_j == pytest.approx(price_j, rel=1e-8)
+
+
+def test_a_meter_may_only_raise_the_account():
+    """What was seen beyond the debits is booked as metered, also above the budget; less is not given back."""
+    ledger = Ledger(10.0)
+    ledger.debit("prefill", 4.0, "t0")
+    ledger.raise_to(5.5, "t0")
+    ledger.raise_to(3.0, "t0")
+    assert ledger.spent_j == 5.5
+    assert ledger.by_phase == {"prefill": 4.0, "metered": 1.5}
+    ledger.raise_to(12.0, "t0")
+    assert ledger.remaining_j == -2.0
+    assert not ledger.debit("decode", 0.1, "t0")
+    with pytest.raises(ValueError, match="finite"):
+        ledger.raise_to(math.nan)
+
+
+@given(tables, st.floats(0, 1e5), st.integers(1, 4000), st.integers(0, 500), st.integers(0, 3000))
+def test_affordable_steps_are_paid_for_and_one_more_is_not(ladder, left_j, n, done, wanted):
+    """The closed form agrees with the price itself: k steps fit, k + 1 do not, unless all wanted ones do."""
+    for tier in range(len(ladder.tiers)):
+        steps = affordable_steps(ladder, left_j, tier, n, done, wanted)
+        assert 0 <= steps <= wanted
+        assert ladder.steps_price_j(tier, n, done, steps) <= left_j
+        if steps < wanted:
+            assert ladder.steps_price_j(tier, n, done, steps + 1) > left_j
+
+
+def test_nothing_left_affords_no_step():
+    """Also when a meter saw an overspend."""
+    assert affordable_steps(LADDER, 0.0, 0, 10, 0, 5) == 0
+    assert affordable_steps(LADDER, -3.0, 2, 10, 0, 5) == 0
+    assert affordable_steps(LADDER, -3.0, 2, 10, 0, 0) == 0

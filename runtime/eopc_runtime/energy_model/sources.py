@@ -109,7 +109,7 @@ def predict(item: Priced, n_in: int, n_out: int, strict: bool = False) -> Predic
             f"{item.name} was measured for {item.hull}, not for {n_in} + {n_out}. Stay within these lengths, "
             "measure a wider range, or leave out --strict."
         )
-    energy_j = item.tier.expected_j(n_in, n_out)
+    energy_j = item.tier.expected_j(n_in, n_out, measured=inflation == 1)
     bound_j = None
     if item.margin is not None:
         bound_j = item.tier.sequence_j(n_in, n_out) * (1 + item.margin) * inflation
