@@ -36,7 +36,7 @@ class Ledger:
             raise ValueError(f"a ledger needs a positive budget or None, not {budget_j}")
         self.budget_j = budget_j
         self.spent_j = 0.0
-        self._entries: dict[tuple[str, str], Entry] = {}
+        self._booked: dict[tuple[str, str], list[float]] = {}  # joules and debits by phase and tier
 
     def affords(self, joules: float) -> bool:
         """True if a debit of this size would be accepted."""
@@ -70,13 +70,13 @@ class Ledger:
     @property
     def entries(self) -> tuple[Entry, ...]:
         """What was spent per phase and tier, in the order in which they were first charged."""
-        return tuple(self._entries.values())
+        return tuple(Entry(*key, joules, int(debits)) for key, (joules, debits) in self._booked.items())
 
     @property
     def by_phase(self) -> dict[str, float]:
         """Joules per phase (prefill, decode, metered)."""
         totals: dict[str, float] = {}
-        for entry in self._entries.values():
+        for entry in self.entries:
             totals[entry.phase] = totals.get(entry.phase, 0.0) + entry.joules
         return totals
 
@@ -84,14 +84,15 @@ class Ledger:
     def by_tier(self) -> dict[str, float]:
         """Joules per tier."""
         totals: dict[str, float] = {}
-        for entry in self._entries.values():
+        for entry in self.entries:
             totals[entry.tier] = totals.get(entry.tier, 0.0) + entry.joules
         return totals
 
     def _book(self, phase: str, joules: float, tier: str) -> None:
         self.spent_j += joules
-        old = self._entries.get((phase, tier), Entry(phase, tier, 0.0, 0))
-        self._entries[phase, tier] = Entry(phase, tier, old.joules + joules, old.debits + 1)
+        booked = self._booked.setdefault((phase, tier), [0.0, 0])
+        booked[0] += joules
+        booked[1] += 1
 
 
 def next_action(table: EnergyTable, left_j: float, tier: int, n: int, done: int, remaining: int) -> str:
@@ -121,8 +122,13 @@ def next_action(table: EnergyTable, left_j: float, tier: int, n: int, done: int,
 
 def affords_rest(table: EnergyTable, left_j: float, tier: int, n: int, done: int, remaining: int, here: int) -> bool:
     """True if `here` steps on this tier, and the rest on the cheapest tier from it down, are paid for."""
-    rest = min(table.steps_price_j(t, n, done + here, remaining - here) for t in range(tier, len(table.tiers)))
-    return (table.steps_price_j(tier, n, done, here) + rest) * (1 + ROUNDING) <= left_j
+    paid_j = table.steps_price_j(tier, n, done, here)
+    if paid_j > left_j:
+        return False
+    return any(
+        (paid_j + table.steps_price_j(t, n, done + here, remaining - here)) * (1 + ROUNDING) <= left_j
+        for t in range(tier, len(table.tiers))
+    )
 
 
 def affordable_steps(table: EnergyTable, left_j: float, tier: int, n: int, done: int, wanted: int) -> int:

@@ -61,15 +61,18 @@ def pick_tier(table: EnergyTable, budget_j: float | None, request: Request) -> P
     if not budget_j > 0:
         raise BudgetError(f"The budget is {budget_j} J. Give a positive energy, for example 5J.")
     pairs = [(prefill, decode) for decode in range(len(table.tiers)) for prefill in range(decode + 1)]
+    quanta = [quantum_j(table, decode, request) for decode in range(len(table.tiers))]
     for prefill, decode in pairs:
         price = table.plan_price_j(prefill, decode, n, m)
-        if fits(price + quantum_j(table, decode, request), budget_j):
+        if fits(price + quanta[decode], budget_j):
             return Plan(prefill, decode, price, m)
-    plans = [_longest(table, prefill, decode, budget_j, request) for prefill, decode in pairs]
-    best = max(plans, key=lambda plan: plan.new_tokens)  # the first of equals is the highest pair
-    if best.new_tokens == 0:
+    best, tokens = None, 1
+    for prefill, decode in reversed(pairs):  # from the cheapest up: a higher pair must afford as many tokens
+        if fits(table.plan_price_j(prefill, decode, n, tokens) + quanta[decode], budget_j):
+            best, tokens = (prefill, decode), affordable_tokens(table, prefill, decode, budget_j, request)
+    if best is None:
         raise BudgetError(_too_small(table, budget_j, request))
-    return best
+    return Plan(*best, table.plan_price_j(*best, n, tokens), tokens)
 
 
 def affordable_tokens(table: EnergyTable, prefill: int, decode: int, budget_j: float, request: Request) -> int:
@@ -113,11 +116,6 @@ def needed_j(table: EnergyTable, tier: int, request: Request) -> float:
 def fits(price_j: float, budget_j: float) -> bool:
     """True if the price is within the budget, with room for the rounding of a ledger."""
     return price_j * (1 + ROUNDING) <= budget_j
-
-
-def _longest(table: EnergyTable, prefill: int, decode: int, budget_j: float, request: Request) -> Plan:
-    m = affordable_tokens(table, prefill, decode, budget_j, request)
-    return Plan(prefill, decode, table.plan_price_j(prefill, decode, request.prompt_tokens, max(m, 1)), m)
 
 
 def _too_small(table: EnergyTable, budget_j: float, request: Request) -> str:

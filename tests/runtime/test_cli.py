@@ -389,6 +389,19 @@ def test_wrong_usage_is_exit_code_2(bundle: Path) -> None:
     assert eopc("run", bundle, "--prompt", "a", "--top-k", "many").exit_code == 2
 
 
+# energy
+
+
+def test_energy_commands_read_a_bundle(bundle: Path) -> None:
+    """Every tier of a bundle is predicted, and its sweet spot says that nothing was measured."""
+    value = json.loads(eopc("energy", "predict", bundle, "--prompt-tokens", 8, "--new-tokens", 4, "--json").stdout)
+    assert [(p["name"], p["energy_j"]) for p in value["predictions"]] == [("t0", 16.0), ("t1", 4.0)]
+    assert {p["energy_source"] for p in value["predictions"]} == {"prior"}
+    spot = json.loads(eopc("energy", "sweetspot", bundle, "--json").stdout)
+    assert (spot["name"], spot["n_out_star"]) == ("t1", None)
+    assert "not measured" in spot["warnings"][0]
+
+
 # inspect
 
 
