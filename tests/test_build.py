@@ -170,7 +170,7 @@ def test_a_forced_start_steps_down_and_keeps_the_budget(tiny_bundle: Path) -> No
     with Session.open(tiny_bundle) as session:
         table = session.bundle.energy
         prompt_j = table.prefill_price_j(0, 30)
-        budget = prompt_j + table.steps_price_j(2, 30, 45)
+        budget = prompt_j + table.steps_price_j(2, 30, 0, 45)
         result = session.generate("a" * 30, budget=budget, max_new_tokens=40, tier="t0", raw=True)
     assert result.energy_j <= budget
     assert result.tiers_used[0] == "t0"

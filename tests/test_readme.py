@@ -37,6 +37,10 @@ def check_eopc(words: list[str]) -> None:
     context = click.Context(cli, info_name="eopc")
     name, command, rest = cli.resolve_command(context, words[1:])
     assert command is not None
+    while isinstance(command, click.Group):
+        context = click.Context(command, info_name=name, parent=context)
+        name, command, rest = command.resolve_command(context, rest)
+        assert command is not None
     options, left_over, _ = command.make_parser(click.Context(command, info_name=name)).parse_args(rest)
     assert not left_over, f"{' '.join(words)}: too many arguments"
     for parameter in command.params:

@@ -2,7 +2,7 @@
 
 The ledger refuses what would overspend, so the sum of its debits never exceeds the budget. `next_action`
 decides before each decode step, from the prices alone, whether to step, to go down a tier or to stop; it
-reads the ledger and changes nothing.
+is a pure function of the prices and of the joules left.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Ledger:
             raise ValueError(f"a ledger needs a positive budget or None, not {budget_j}")
         self.budget_j = budget_j
         self.spent_j = 0.0
-        self._entries: dict[tuple[str, str], Entry] = {}
+        self._booked: dict[tuple[str, str], list[float]] = {}  # joules and debits by phase and tier
 
     def affords(self, joules: float) -> bool:
         """True if a debit of this size would be accepted."""
@@ -48,26 +48,35 @@ class Ledger:
             raise ValueError(f"a debit is a finite amount of 0 J or more, not {joules}")
         if not self.affords(joules):
             return False
-        self.spent_j += joules
-        old = self._entries.get((phase, tier), Entry(phase, tier, 0.0, 0))
-        self._entries[phase, tier] = Entry(phase, tier, old.joules + joules, old.debits + 1)
+        self._book(phase, joules, tier)
         return True
+
+    def raise_to(self, joules: float, tier: str = "") -> None:
+        """Book what a meter saw beyond the debits, so that at least this much is spent, also above the budget.
+
+        It never lowers the account: what a sequence was charged too much is only known once it has ended.
+        """
+        if not math.isfinite(joules):
+            raise ValueError(f"a meter's reading is a finite number of joules, not {joules}")
+        if joules > self.spent_j:
+            self._book("metered", joules - self.spent_j, tier)
+            self.spent_j = joules
 
     @property
     def remaining_j(self) -> float:
-        """Joules left, infinite without a budget."""
+        """Joules left, infinite without a budget; below 0 only if a meter saw an overspend."""
         return math.inf if self.budget_j is None else self.budget_j - self.spent_j
 
     @property
     def entries(self) -> tuple[Entry, ...]:
         """What was spent per phase and tier, in the order in which they were first charged."""
-        return tuple(self._entries.values())
+        return tuple(Entry(*key, joules, int(debits)) for key, (joules, debits) in self._booked.items())
 
     @property
     def by_phase(self) -> dict[str, float]:
-        """Joules per phase."""
+        """Joules per phase (prefill, decode, metered)."""
         totals: dict[str, float] = {}
-        for entry in self._entries.values():
+        for entry in self.entries:
             totals[entry.phase] = totals.get(entry.phase, 0.0) + entry.joules
         return totals
 
@@ -75,44 +84,67 @@ class Ledger:
     def by_tier(self) -> dict[str, float]:
         """Joules per tier."""
         totals: dict[str, float] = {}
-        for entry in self._entries.values():
+        for entry in self.entries:
             totals[entry.tier] = totals.get(entry.tier, 0.0) + entry.joules
         return totals
 
+    def _book(self, phase: str, joules: float, tier: str) -> None:
+        self.spent_j += joules
+        booked = self._booked.setdefault((phase, tier), [0.0, 0])
+        booked[0] += joules
+        booked[1] += 1
 
-def next_action(table: EnergyTable, ledger: Ledger, tier: int, context: int, remaining_tokens: int) -> str:
+
+def next_action(table: EnergyTable, left_j: float, tier: int, n: int, done: int, remaining: int) -> str:
     """Return "step", "downshift" (to tier + 1, then ask again) or "stop" before the next decode step.
 
     Args:
+        left_j: joules left of the budget, infinite without one.
         tier: index of the tier in use; a sequence only ever goes down from it.
-        context: tokens in the cache now; the next step attends to one more.
-        remaining_tokens: new tokens still wanted, the next one included.
+        n: prompt tokens.
+        done: decode steps run so far.
+        remaining: new tokens still wanted, the next one included.
 
     A step on this tier is right while the rest could still be finished on the cheapest tier from here down.
     After that a lower tier is right if it affords more of the rest. Otherwise this tier spends what is
     left, and then stops.
     """
-    if remaining_tokens < 1:
+    if remaining < 1:
         return "stop"
-    if ledger.budget_j is None:
+    if left_j == math.inf or affords_rest(table, left_j, tier, n, done, remaining, here=1):
         return "step"
+    here = affordable_steps(table, left_j, tier, n, done, remaining)
     lower = range(tier + 1, len(table.tiers))
-    rest = min(table.steps_price_j(t, context + 1, remaining_tokens - 1) for t in (tier, *lower))
-    if ledger.affords((table.step_price_j(tier, context + 1) + rest) * (1 + ROUNDING)):
-        return "step"
-    here = affordable_steps(table, ledger, tier, context, remaining_tokens)
-    if any(affordable_steps(table, ledger, t, context, remaining_tokens) > here for t in lower):
+    if any(affordable_steps(table, left_j, t, n, done, remaining) > here for t in lower):
         return "downshift"
     return "step" if here else "stop"
 
 
-def affordable_steps(table: EnergyTable, ledger: Ledger, tier: int, context: int, wanted: int) -> int:
-    """Return how many of the wanted steps the ledger still affords on one tier."""
-    low, high = 0, wanted
-    while low < high:  # bisection, as in policy.affordable_tokens
-        steps = (low + high + 1) // 2
-        if ledger.affords(table.steps_price_j(tier, context, steps)):
-            low = steps
-        else:
-            high = steps - 1
-    return low
+def affords_rest(table: EnergyTable, left_j: float, tier: int, n: int, done: int, remaining: int, here: int) -> bool:
+    """True if `here` steps on this tier, and the rest on the cheapest tier from it down, are paid for."""
+    paid_j = table.steps_price_j(tier, n, done, here)
+    if paid_j > left_j:
+        return False
+    return any(
+        (paid_j + table.steps_price_j(t, n, done + here, remaining - here)) * (1 + ROUNDING) <= left_j
+        for t in range(tier, len(table.tiers))
+    )
+
+
+def affordable_steps(table: EnergyTable, left_j: float, tier: int, n: int, done: int, wanted: int) -> int:
+    """Return how many of the wanted steps the joules left pay for on one tier.
+
+    Solves k b + k^2 s / 2 = left for k, with b the price of a step before its own index counts and s the rise
+    per step, in the form that stays exact for s = 0; the price itself then settles the last step.
+    """
+    if table.steps_price_j(tier, n, done, wanted) <= left_j:
+        return wanted
+    energy = table.tiers[tier]
+    bare_j = max(left_j, 0.0) / (1 + table.margin)
+    b = energy.step_j(n, done) + energy.step_ji / 2
+    steps = min(int(2 * bare_j / (b + math.sqrt(b * b + 2 * energy.step_ji * bare_j))), wanted)
+    while steps < wanted and table.steps_price_j(tier, n, done, steps + 1) <= left_j:
+        steps += 1
+    while steps > 0 and table.steps_price_j(tier, n, done, steps) > left_j:
+        steps -= 1
+    return steps

@@ -2,7 +2,8 @@
 
 A sequence runs a plan: the prompt on the prefill tier, the answer on the decode tier, which gets the KV cache
 handed down. Before every step its price is booked in the ledger; when the rest no longer fits, the sequence
-moves down the ladder, and when nothing fits it stops.
+moves down the ladder, and when nothing fits it stops. A live meter, where there is one, corrects the ledger
+upwards as the sequence runs. What is decided is decided in `controller`; here are the clock and the meter.
 """
 
 from __future__ import annotations
@@ -10,26 +11,43 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from eopc_runtime.admission import Terms
 from eopc_runtime.chat import ChatTemplate, Message
+from eopc_runtime.controller import Controller, Seen, Start
 from eopc_runtime.energy import EnergyTable
-from eopc_runtime.errors import BudgetError, PromptError, UsageError
-from eopc_runtime.ledger import Ledger, next_action
-from eopc_runtime.policy import Plan, Request, affordable_tokens, fits, pick_tier
+from eopc_runtime.errors import BudgetError, MeterLostError, PromptError, UsageError
+from eopc_runtime.policy import Request
+from eopc_runtime.reconcile import Guard
 from eopc_runtime.sampling import SamplingParams, sample
+from eopc_runtime.sequence_log import SequenceLog
 from eopc_runtime.stopping import StopScanner, check_stops
 from eopc_runtime.tokenizer import Tokenizer
-from eopc_runtime.units import format_energy, parse_energy
+from eopc_runtime.units import parse_energy
 
 if TYPE_CHECKING:
     from eopc_runtime.bundle import Bundle
     from eopc_runtime.runners.base import Logits, RunnerPool
 
 DEFAULT_NEW_TOKENS = 128
+
+
+class Meter(Protocol):
+    """A power meter with named windows; any call may raise MeterLostError."""
+
+    def begin(self, name: str) -> object:
+        """Open a window."""
+
+    def energy_so_far_j(self, name: str) -> float:
+        """Joules of an open window until now, as far as the sensor has seen."""
+
+    def end(self, name: str) -> object:
+        """Close a window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +76,20 @@ class Result:
     completion_tokens: int  # an end-of-sequence token counts: it costs as much as any other
     ttft_s: float
     decode_tokens_per_s: float | None  # None when there was no decode step
+    enforced_by: str | None  # meter | model: who kept the budget; None without one
+    warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of `eopc run --json`."""
-        return {**asdict(self), "tiers_used": list(self.tiers_used)}
+        return {**asdict(self), "tiers_used": list(self.tiers_used), "warnings": list(self.warnings)}
 
 
 class Generation(Iterator[Event]):
     """The running sequence: iterate for events, then read `result` (which runs the rest if there is any)."""
 
-    def __init__(self, steps: Generator[Event, None, Result]) -> None:
+    def __init__(self, steps: Generator[Event, None, Result], controller: Controller) -> None:
         self._steps = steps
+        self._controller = controller
         self._result: Result | None = None
 
     def __next__(self) -> Event:
@@ -88,6 +109,11 @@ class Generation(Iterator[Event]):
             raise RuntimeError("the sequence was closed before it finished")
         return self._result
 
+    @property
+    def log(self) -> SequenceLog:
+        """What was seen and decided so far; the decisions follow from it (`SequenceLog.replay`)."""
+        return SequenceLog.of(self._controller)
+
     def close(self) -> None:
         """End the sequence now."""
         self._steps.close()
@@ -98,8 +124,7 @@ class _Job:
     """A checked request: everything a sequence needs, decided before the first joule."""
 
     ids: tuple[int, ...]
-    plan: Plan
-    budget_j: float | None
+    controller: Controller
     max_new_tokens: int
     stop: tuple[str, ...]
     sampling: SamplingParams
@@ -115,7 +140,10 @@ class Session:
         tokenizer: Tokenizer,
         *,
         clock: Callable[[], float] = time.perf_counter,
+        meter: Meter | None = None,
+        guard: Guard | None = None,
     ) -> None:
+        """Hold what is given; `meter` corrects the ledger while a sequence runs, `guard` says how it is read."""
         self.bundle = bundle
         self.pool = pool
         self.tokenizer = tokenizer
@@ -123,11 +151,23 @@ class Session:
         self.context = bundle.manifest.context
         self.eos_token_ids = frozenset(bundle.manifest.model.eos_token_ids)
         self.tiers = tuple(tier.tier for tier in self.table.tiers)
+        self.drift = 1.0  # measured over predicted joules of late, as the meter showed
         self._clock = clock
+        self._meter = meter
+        self._guard = guard or Guard()
+        self._count = 0
         self._template: ChatTemplate | None = None
 
     @classmethod
-    def open(cls, path: str | Path, threads: int | None = None, *, verify: bool = True) -> Session:
+    def open(
+        cls,
+        path: str | Path,
+        threads: int | None = None,
+        *,
+        verify: bool = True,
+        meter: Meter | None = None,
+        guard: Guard | None = None,
+    ) -> Session:
         """Open a bundle on this machine's CPU; tiers are loaded when they are first used.
 
         Raises BundleError for a bundle that is missing or damaged, MissingExtraError without onnxruntime.
@@ -137,7 +177,8 @@ class Session:
 
         bundle = Bundle.open(Path(path), verify=verify)
         import_onnxruntime()  # say now, not at the first token, that it is missing
-        return cls(bundle, OrtPool(bundle, threads), Tokenizer.open(bundle.root / "tokenizer"))
+        tokenizer = Tokenizer.open(bundle.root / "tokenizer")
+        return cls(bundle, OrtPool(bundle, threads), tokenizer, meter=meter, guard=guard)
 
     def close(self) -> None:
         """Release the runners."""
@@ -178,6 +219,8 @@ class Session:
         sampling: SamplingParams | None = None,
         raw: bool = False,
         tier: str | None = None,
+        strict: bool = False,
+        safety: float = 1.0,
     ) -> Result:
         """Generate one sequence to its end; see `stream` for the arguments and errors."""
         return self.stream(
@@ -189,6 +232,8 @@ class Session:
             sampling=sampling,
             raw=raw,
             tier=tier,
+            strict=strict,
+            safety=safety,
         ).result
 
     def stream(
@@ -202,6 +247,8 @@ class Session:
         sampling: SamplingParams | None = None,
         raw: bool = False,
         tier: str | None = None,
+        strict: bool = False,
+        safety: float = 1.0,
     ) -> Generation:
         """Generate one sequence token by token.
 
@@ -212,6 +259,8 @@ class Session:
             max_new_tokens: most tokens to generate; the bundle's context may allow fewer.
             stop: texts that end the sequence; no part of one is ever returned.
             tier: start on this tier instead of the plan's; the sequence may still move down.
+            strict: refuse a budget that the prices cannot promise (not measured, or lengths not calibrated).
+            safety: factor on every price, 1 or more.
 
         Before anything runs it raises PromptError (empty, malformed or too long), BudgetError (not even one
         token fits), BundleError (no such tier) or UsageError (another bad argument).
@@ -221,19 +270,22 @@ class Session:
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of 1 or more.")
         request = Request(len(ids), min(max_new_tokens, self.context - len(ids)))
-        plan = pick_tier(self.table, budget_j, request) if tier is None else self._forced(tier, budget_j, request)
-        return Generation(
-            self._run(
-                _Job(
-                    ids=tuple(ids),
-                    plan=plan,
-                    budget_j=budget_j,
-                    max_new_tokens=request.max_new_tokens,
-                    stop=check_stops(stop),
-                    sampling=sampling or SamplingParams(),
-                )
-            )
+        start = Start(
+            request=request,
+            budget_j=budget_j,
+            terms=Terms(strict=strict, safety=safety, drift=self.drift),
+            tier=None if tier is None else self.bundle.tier_index(tier),
+            metered=self._meter is not None,
+            guard=self._guard,
         )
+        job = _Job(
+            ids=tuple(ids),
+            controller=Controller(self.table, start),
+            max_new_tokens=request.max_new_tokens,
+            stop=check_stops(stop),
+            sampling=sampling or SamplingParams(),
+        )
+        return Generation(self._run(job), job.controller)
 
     def encode_prompt(
         self, prompt: str | None = None, *, messages: Sequence[Message] | None = None, raw: bool = False
@@ -269,93 +321,92 @@ class Session:
         # the template writes special tokens itself, so none are added here
         return self.tokenizer.encode(self._template.render(messages), add_special_tokens=False)
 
-    def _forced(self, name: str, budget_j: float | None, request: Request) -> Plan:
-        """Return the plan that starts on one tier; BudgetError when it cannot pay for the first token."""
-        tier = self.bundle.tier_index(name)
-        tokens = request.max_new_tokens
-        first_j = self.table.prefill_price_j(tier, request.prompt_tokens)
-        if budget_j is not None:
-            if not fits(first_j, budget_j):
-                raise BudgetError(
-                    f"{name} needs {format_energy(first_j, round_up=True)} ({self.table.source}) for "
-                    f"{request.prompt_tokens} prompt tokens and one new token, but the budget is "
-                    f"{format_energy(budget_j)}. "
-                    "Raise the budget, or leave the tier to the policy."
-                )
-            tokens = affordable_tokens(self.table, tier, tier, budget_j, request)
-        return Plan(tier, tier, self.table.plan_price_j(tier, tier, request.prompt_tokens, tokens), tokens)
-
     def _run(self, job: _Job) -> Generator[Event, None, Result]:
         """Run a checked request: one event per token, the result at the end."""
-        ledger, rng = Ledger(job.budget_j), job.sampling.rng()
+        controller, rng = job.controller, job.sampling.rng()
         scanner, decoder = StopScanner(job.stop), self.tokenizer.detokenizer()
         history, texts = list(job.ids), list[str]()
-        used = [self.tiers[job.plan.prefill]]
-        tier, produced, decode_s = job.plan.decode, 0, 0.0
+        used = [self.tiers[controller.plan.prefill]]
+        produced, decode_s = 0, 0.0
 
         self.pool.get(used[0])  # loading a tier is not part of the time to the first token
-        self._book(ledger, "prefill", self.table.prefill_price_j(job.plan.prefill, len(job.ids)), used[0])
-        start = self._clock()
-        cache, logits = self.prefill(job.ids, used[0])
-        token = sample(logits, history, job.sampling, rng)
-        ttft_s = self._clock() - start
-
-        while True:
-            produced += 1
-            history.append(token)
-            ended = token in self.eos_token_ids
-            text = "" if ended else scanner.push(decoder.push(token))
-            finish: str | None = None
-            if ended or scanner.stopped:
-                finish = "stop"
-            elif produced == job.max_new_tokens:
-                finish = "length"
-            elif (lower := self._next_tier(ledger, tier, cache.length, job.max_new_tokens - produced)) is None:
-                finish = "budget"
-            else:
-                tier = lower
-            if finish is not None:
-                text += scanner.push(decoder.finish()) + scanner.finish()
-            texts.append(text)
-            yield Event(text, token, ledger.spent_j, used[-1])
-            if finish is not None:
-                break
-            if used[-1] != self.tiers[tier]:
-                used.append(self.tiers[tier])
-                self.pool.get(used[-1])  # nor is it part of the decode time
-            self._book(ledger, "decode", self.table.step_price_j(tier, cache.length + 1), used[-1])
+        self._count += 1
+        window = f"sequence {self._count}"
+        opened = self._open(window)
+        try:
+            controller.begin(opened)
             start = self._clock()
-            cache, logits = self.decode(cache, token, used[-1])
+            cache, logits = self.prefill(job.ids, used[0])
             token = sample(logits, history, job.sampling, rng)
-            decode_s += self._clock() - start
+            ttft_s = self._clock() - start
+
+            while True:
+                produced += 1
+                history.append(token)
+                ended = token in self.eos_token_ids
+                text = "" if ended else scanner.push(decoder.push(token))
+                finish: str | None = None
+                if ended or scanner.stopped:
+                    finish = "stop"
+                elif produced == job.max_new_tokens:
+                    finish = "length"
+                elif (decision := controller.next(self._look(window, controller))).action == "stop":
+                    finish = "budget"
+                if finish is not None:
+                    text += scanner.push(decoder.finish()) + scanner.finish()
+                texts.append(text)
+                yield Event(text, token, controller.ledger.spent_j, used[-1])
+                if finish is not None:
+                    break
+                if used[-1] != self.tiers[decision.tier]:
+                    used.append(self.tiers[decision.tier])
+                    self.pool.get(used[-1])  # nor is it part of the decode time
+                start = self._clock()
+                cache, logits = self.decode(cache, token, used[-1])
+                token = sample(logits, history, job.sampling, rng)
+                decode_s += self._clock() - start
+        finally:
+            self.drift = controller.drift
+            if self._meter is not None and opened.lost is None:
+                with suppress(MeterLostError):  # the result says already who kept the budget
+                    self._meter.end(window)
 
         return Result(
             text="".join(texts),
-            tier=self.tiers[job.plan.decode],
-            plan=job.plan.label,
+            tier=self.tiers[controller.plan.decode],
+            plan=controller.plan.label,
             tiers_used=tuple(used),
-            budget_j=job.budget_j,
-            energy_j=ledger.spent_j,
+            budget_j=controller.start.budget_j,
+            energy_j=controller.ledger.spent_j,
             energy_source=self.table.source,
             finish_reason=finish,
             prompt_tokens=len(job.ids),
             completion_tokens=produced,
             ttft_s=ttft_s,
             decode_tokens_per_s=(produced - 1) / decode_s if decode_s > 0 else None,
+            enforced_by=controller.enforced_by,
+            warnings=controller.warnings,
         )
 
-    def _next_tier(self, ledger: Ledger, tier: int, context: int, remaining: int) -> int | None:
-        """Return the tier of the next step, this one or one below, or None when no tier affords it."""
-        while (action := next_action(self.table, ledger, tier, context, remaining)) == "downshift":
-            tier += 1
-        affordable = ledger.affords(self.table.step_price_j(tier, context + 1))
-        return tier if action == "step" and affordable else None
+    def _open(self, window: str) -> Seen:
+        """Open the meter's window; a meter that does not answer is lost from the start."""
+        if self._meter is not None:
+            try:
+                self._meter.begin(window)
+            except MeterLostError as error:
+                return Seen(self._clock(), lost=str(error))
+        return Seen(self._clock())
 
-    @staticmethod
-    def _book(ledger: Ledger, phase: str, joules: float, tier: str) -> None:
-        """Book a step before it runs; a refusal here is our own mistake, since the step was found to fit."""
-        if not ledger.debit(phase, joules, tier):
-            raise AssertionError(f"{phase} on {tier} needs {joules} J, and {ledger.remaining_j} J are left")
+    def _look(self, window: str, controller: Controller) -> Seen:
+        """Read the clock, and the meter if the controller wants a reading."""
+        now = self._clock()
+        if self._meter is None or not controller.wants_reading(now):
+            return Seen(now)
+        try:
+            metered_j = self._meter.energy_so_far_j(window)
+        except MeterLostError as error:
+            return Seen(now, lost=str(error))
+        return Seen(now, metered_j) if math.isfinite(metered_j) else Seen(now, lost=f"it reads {metered_j} J")
 
 
 def _budget_j(budget: float | str | None) -> float | None:

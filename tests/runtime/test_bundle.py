@@ -52,8 +52,8 @@ def bundle(tmp_path):
     (root / "tokenizer/tokenizer.json").write_text("{}")
     (root / "weights.bin").write_bytes(bytes(range(256)) * 5000)  # more than one chunk of 1 MiB
     tiers = (
-        TierEnergy("t0", 0.1, 0.01, 0.0, 0.5, 0.001, "prior"),
-        TierEnergy("t1", 0.1, 0.01, 0.0, 0.4, 0.001, "prior"),
+        TierEnergy("t0", 0.1, 0.01, 0.0, 0.5, 0.001, 0.001, "prior"),
+        TierEnergy("t1", 0.1, 0.01, 0.0, 0.4, 0.001, 0.001, "prior"),
     )
     (root / "energy.json").write_text(json.dumps(EnergyTable("orin", "prior", 0.1, tiers).to_json()))
     names = [

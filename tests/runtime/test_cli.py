@@ -32,11 +32,13 @@ from eopc_runtime.bundle import (
 )
 from eopc_runtime.cli import cli, doctor, machine
 from eopc_runtime.cli.bench import bench_tier
+from eopc_runtime.cli.energy import COMMANDS as ENERGY_COMMANDS
 from eopc_runtime.cli.evaluate import cut_windows, window_nll
 from eopc_runtime.cli.main import COMMANDS, Entry
 from eopc_runtime.cli.output import Progress, format_bytes
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
 from eopc_runtime.errors import PromptError
+from eopc_runtime.provenance import Calibration, Conformal, Hull
 from eopc_runtime.runners.base import Logits, Wanted
 from eopc_runtime.session import Session
 
@@ -117,7 +119,7 @@ def write_bundle(root: Path) -> Path:
         "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}"
     )
     steps = (4.0, 1.0)
-    prices = tuple(TierEnergy(f"t{i}", 0.0, s / 8, 0.0, s, 0.0, "prior") for i, s in enumerate(steps))
+    prices = tuple(TierEnergy(f"t{i}", 0.0, s / 8, 0.0, s, 0.0, 0.0, "prior") for i, s in enumerate(steps))
     (root / "energy.json").write_text(json.dumps(EnergyTable("fake", "prior", 0.0, prices).to_json()))
     for i in range(2):
         (root / f"tiers/t{i}/model.onnx").write_bytes(b"not a graph")
@@ -189,6 +191,8 @@ def test_help_and_every_commands_module_load_no_heavy_package() -> None:
         "cli.get_help(click.Context(cli, info_name='eopc'))\n"
         "print(*(m for m in sys.modules if m.startswith('eopc_runtime.cli.')))\n"
         "[importlib.import_module(e.module) for e in COMMANDS.values() if 'runtime' in e.module]\n"
+        "from eopc_runtime.cli import energy\n"
+        "[importlib.import_module(f'eopc_runtime.cli.{e[0]}') for e in energy.COMMANDS.values()]\n"
         "print(*(m for m in ('numpy', 'onnxruntime', 'torch', 'tokenizers', 'jinja2') if m in sys.modules))\n"
     )
     done = child("-c", code)
@@ -206,10 +210,16 @@ def test_help_lists_every_command_with_its_line() -> None:
     assert "eopc, version" in eopc("--version").output
 
 
-@pytest.mark.parametrize("name", [name for name, entry in COMMANDS.items() if "runtime" in entry.module])
-def test_every_runtime_command_has_help(name: str) -> None:
+RUNTIME_COMMANDS = [
+    *((name,) for name, entry in COMMANDS.items() if "runtime" in entry.module and name != "energy"),
+    *(("energy", name) for name in ENERGY_COMMANDS),
+]
+
+
+@pytest.mark.parametrize("name", RUNTIME_COMMANDS, ids=" ".join)
+def test_every_runtime_command_has_help(name: tuple[str, ...]) -> None:
     """Every command explains itself and knows --json."""
-    result = eopc(name, "--help")
+    result = eopc(*name, "--help")
     assert result.exit_code == 0
     assert "--json" in result.output
 
@@ -220,6 +230,8 @@ def test_unknown_command_names_the_nearest_or_all() -> None:
     result = eopc("zzzz")
     assert result.exit_code == 2
     assert "Commands: build, run" in result.output
+    assert "Did you mean 'predict'?" in eopc("energy", "predct").output
+    assert eopc("energy", "zzzz").exit_code == 2
 
 
 @pytest.mark.parametrize("package", ["torch", "eopc_compiler"])
@@ -291,7 +303,7 @@ def test_run_streams_text_to_stdout_and_a_summary_to_stderr(bundle: Path) -> Non
     assert result.exit_code == 0
     # t0 reads the prompt for 4 J; three steps of 1 J would not fit into 5 J, so t1 does both: 1 + 3 = 4 J
     assert result.stdout == "ijkl\n"
-    assert result.stderr.startswith("[t1: 4 J of 5 J (prior), 8 + 4 tokens, ")
+    assert result.stderr.splitlines()[-1].startswith("[t1: 4 J of 5 J (prior), 8 + 4 tokens, ")
     assert result.stderr.endswith("ended by length]\n")
 
 
@@ -301,11 +313,35 @@ def test_run_json_is_exactly_the_documented_object(bundle: Path) -> None:
     value = json.loads(result.stdout)
     assert list(value) == [
         *("text", "tier", "plan", "tiers_used", "budget_j", "energy_j", "energy_source", "finish_reason"),
-        *("prompt_tokens", "completion_tokens", "ttft_s", "decode_tokens_per_s"),
+        *("prompt_tokens", "completion_tokens", "ttft_s", "decode_tokens_per_s", "enforced_by", "warnings"),
     ]
     assert (value["text"], value["plan"], value["tiers_used"]) == ("ijkl", "t0>t1", ["t0", "t1"])
     assert (value["energy_j"], value["budget_j"], value["finish_reason"]) == (7.0, 7.5, "length")
+    assert value["enforced_by"] == "model"
+    assert [w for w in value["warnings"] if "prior joules" in w]
     assert result.stderr == ""
+
+
+def test_run_under_a_prior_warns_once_and_strict_refuses_unless_a_safety_factor_is_named(bundle: Path) -> None:
+    """One warning line before the summary; --strict exits with 1 and the cure; --safety 4 raises every price."""
+    options = ("run", bundle, "--prompt", "abcdefgh", "--raw", "--max-new-tokens", 4, "--budget", "40J")
+    plain = eopc(*options)
+    assert plain.stderr.startswith("Warning: The budget is kept in prior joules")
+    assert plain.stderr.count("Warning") == 1
+    refused = eopc(*options, "--strict")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "safety factor of 4 or more" in refused.stderr
+    safe = json.loads(eopc(*options, "--strict", "--safety", 4, "--json").stdout)
+    assert (safe["plan"], safe["energy_j"]) == ("t0>t1", 4 * (8 * 0.5 + 3 * 1.0))
+    assert "raised 4 times" in safe["warnings"][0]
+    assert eopc(*options, "--safety", 0.5).exit_code == 2
+
+
+def test_a_strict_run_needs_a_budget(bundle: Path) -> None:
+    """There is nothing to hold otherwise."""
+    result = eopc("run", bundle, "--prompt", "a", "--strict")
+    assert result.exit_code == 1
+    assert "no budget was given" in result.stderr
 
 
 def test_run_uses_template_system_stop_and_tier(bundle: Path) -> None:
@@ -354,6 +390,19 @@ def test_wrong_usage_is_exit_code_2(bundle: Path) -> None:
     assert eopc("run", bundle, "--prompt", "a", "--top-k", "many").exit_code == 2
 
 
+# energy
+
+
+def test_energy_commands_read_a_bundle(bundle: Path) -> None:
+    """Every tier of a bundle is predicted, and its sweet spot says that nothing was measured."""
+    value = json.loads(eopc("energy", "predict", bundle, "--prompt-tokens", 8, "--new-tokens", 4, "--json").stdout)
+    assert [(p["name"], p["energy_j"]) for p in value["predictions"]] == [("t0", 16.0), ("t1", 4.0)]
+    assert {p["energy_source"] for p in value["predictions"]} == {"prior"}
+    spot = json.loads(eopc("energy", "sweetspot", bundle, "--json").stdout)
+    assert (spot["name"], spot["n_out_star"]) == ("t1", None)
+    assert "not measured" in spot["warnings"][0]
+
+
 # inspect
 
 
@@ -368,6 +417,26 @@ def test_inspect_shows_tiers_and_files(bundle: Path) -> None:
     assert "10.50 (dense 9.50)" in text
     assert "t1: lower half of the FFN" in text
     assert "all verified" in text
+
+
+def test_inspect_shows_where_calibrated_prices_hold(bundle: Path) -> None:
+    """Mode, range and level, in words and in JSON; a prior has none of them."""
+    assert json.loads(eopc("inspect", bundle, "--json").stdout)["energy"]["calibration"] is None
+    calibration = Calibration(Hull((8, 64), (4, 32)), Conformal(0.05, 19, 0.02, 0.95), 31, {"t0": 0.006}, None, None)
+    tiers = tuple(TierEnergy(f"t{i}", 0.0, s / 8, 0.0, s, 0.0, 0.0, "calibrated") for i, s in enumerate((4.0, 1.0)))
+    table = EnergyTable("fake", "calibrated", 0.02, tiers, "MAXN", calibration)
+    (bundle / "energy.json").write_text(json.dumps(table.to_json()))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        path = bundle / entry["path"]
+        entry["sha256"], entry["bytes"] = sha256_file(path), path.stat().st_size
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    energy = json.loads(eopc("inspect", bundle, "--json").stdout)["energy"]
+    assert (energy["mode"], energy["modes"]) == ("MAXN", ["MAXN"])
+    assert energy["calibration"]["hull"] == {"n_in": [8, 64], "n_out": [4, 32]}
+    text = eopc("inspect", bundle).stdout
+    assert "calibrated in power mode MAXN for 8 to 64 prompt and 4 to 32 new tokens" in text
+    assert "the margin holds for 95% of sequences" in text
 
 
 def test_inspect_of_a_damaged_or_missing_bundle_exits_1_with_the_reason(bundle: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from eopc_runtime.energy import EnergyTable, TierEnergy
 from eopc_runtime.errors import BudgetError
-from eopc_runtime.ledger import Ledger, next_action
+from eopc_runtime.ledger import Ledger, affordable_steps, next_action
 from eopc_runtime.policy import Request, pick_tier
 
 price = st.floats(min_value=1e-6, max_value=5)
@@ -22,7 +22,7 @@ def table(*tiers, margin=0.0):
         device="orin",
         source="prior",
         margin=margin,
-        tiers=tuple(TierEnergy(f"t{i}", 0.0, p, 0.0, s0, s1, "prior") for i, (p, s0, s1) in enumerate(tiers)),
+        tiers=tuple(TierEnergy(f"t{i}", 0.0, p, 0.0, s0, s1, s1, "prior") for i, (p, s0, s1) in enumerate(tiers)),
     )
 
 
@@ -40,14 +40,14 @@ def run(ladder, budget_j, prompt_tokens, max_new_tokens):
     plan = pick_tier(ladder, budget_j, Request(prompt_tokens, max_new_tokens))
     ledger = Ledger(budget_j)
     assert ledger.debit("prefill", ladder.prefill_price_j(plan.prefill, prompt_tokens), f"t{plan.prefill}")
-    tier, context, made, tiers = plan.decode, prompt_tokens, 1, [plan.decode]
-    while (action := next_action(ladder, ledger, tier, context, max_new_tokens - made)) != "stop":
+    tier, n, made, tiers = plan.decode, prompt_tokens, 1, [plan.decode]
+    while (action := next_action(ladder, ledger.remaining_j, tier, n, made - 1, max_new_tokens - made)) != "stop":
         if action == "downshift":
             tier += 1
             tiers.append(tier)
             continue
-        assert ledger.debit("decode", ladder.step_price_j(tier, context + 1), f"t{tier}")
-        context, made = context + 1, made + 1
+        assert ledger.debit("decode", ladder.step_price_j(tier, n, made), f"t{tier}")
+        made += 1
     return ledger, plan, made, tiers
 
 
@@ -125,20 +125,13 @@ def test_debits_never_exceed_the_budget(budget_j, debits):
 )
 def test_the_next_action_follows_the_ledger(budget_j, tier, remaining, action):
     """Step while the rest can be finished below, go down when that affords more, stop when nothing fits."""
-    assert next_action(LADDER, Ledger(budget_j), tier, context=10, remaining_tokens=remaining) == action
+    assert next_action(LADDER, budget_j, tier, n=10, done=0, remaining=remaining) == action
 
 
 def test_without_a_budget_the_tier_is_kept():
     """There is nothing to save for."""
-    assert next_action(LADDER, Ledger(None), 0, 10, 10) == "step"
-    assert next_action(LADDER, Ledger(None), 0, 10, 0) == "stop"
-
-
-def test_asking_changes_nothing():
-    """The decision is pure."""
-    ledger = Ledger(27.0)
-    assert {next_action(LADDER, ledger, 0, 10, 10) for _ in range(3)} == {"downshift"}
-    assert (ledger.spent_j, ledger.entries) == (0.0, ())
+    assert next_action(LADDER, math.inf, 0, 10, 0, 10) == "step"
+    assert next_action(LADDER, math.inf, 0, 10, 0, 0) == "stop"
 
 
 def test_a_dear_tier_is_left_in_time_to_finish():
@@ -151,7 +144,7 @@ def test_a_dear_tier_is_left_in_time_to_finish():
 def test_a_lower_tier_that_is_dearer_is_not_taken():
     """Going down must pay."""
     ladder = table((0.1, 2.0, 0.0), (0.1, 3.0, 0.0))
-    assert next_action(ladder, Ledger(4.5), 0, 10, 5) == "step"
+    assert next_action(ladder, 4.5, 0, 10, 0, 5) == "step"
 
 
 @given(tables, st.floats(min_value=1e-3, max_value=1e6), st.integers(1, 300), st.integers(1, 60))
@@ -173,3 +166,36 @@ def test_a_budget_equal_to_the_named_price_plays_to_the_end():
     ledger, _, made, _ = run(ladder, price_j, 333, 2000)
     assert made == 2000
     assert ledger.spent_j == pytest.approx(price_j, rel=1e-8)
+
+
+def test_a_meter_may_only_raise_the_account():
+    """What was seen beyond the debits is booked as metered, also above the budget; less is not given back."""
+    ledger = Ledger(10.0)
+    ledger.debit("prefill", 4.0, "t0")
+    ledger.raise_to(5.5, "t0")
+    ledger.raise_to(3.0, "t0")
+    assert ledger.spent_j == 5.5
+    assert ledger.by_phase == {"prefill": 4.0, "metered": 1.5}
+    ledger.raise_to(12.0, "t0")
+    assert ledger.remaining_j == -2.0
+    assert not ledger.debit("decode", 0.1, "t0")
+    with pytest.raises(ValueError, match="finite"):
+        ledger.raise_to(math.nan)
+
+
+@given(tables, st.floats(0, 1e5), st.integers(1, 4000), st.integers(0, 500), st.integers(0, 3000))
+def test_affordable_steps_are_paid_for_and_one_more_is_not(ladder, left_j, n, done, wanted):
+    """The closed form agrees with the price itself: k steps fit, k + 1 do not, unless all wanted ones do."""
+    for tier in range(len(ladder.tiers)):
+        steps = affordable_steps(ladder, left_j, tier, n, done, wanted)
+        assert 0 <= steps <= wanted
+        assert ladder.steps_price_j(tier, n, done, steps) <= left_j
+        if steps < wanted:
+            assert ladder.steps_price_j(tier, n, done, steps + 1) > left_j
+
+
+def test_nothing_left_affords_no_step():
+    """Also when a meter saw an overspend."""
+    assert affordable_steps(LADDER, 0.0, 0, 10, 0, 5) == 0
+    assert affordable_steps(LADDER, -3.0, 2, 10, 0, 5) == 0
+    assert affordable_steps(LADDER, -3.0, 2, 10, 0, 0) == 0

@@ -23,7 +23,7 @@ def table(*tiers, margin=0.0):
         device="orin",
         source="prior",
         margin=margin,
-        tiers=tuple(TierEnergy(f"t{i}", p0, p1, 0.0, s0, s1, "prior") for i, (p0, p1, s0, s1) in enumerate(tiers)),
+        tiers=tuple(TierEnergy(f"t{i}", p0, p1, 0.0, s0, s1, s1, "prior") for i, (p0, p1, s0, s1) in enumerate(tiers)),
     )
 
 

@@ -52,6 +52,14 @@ if TYPE_CHECKING:
     metavar="TIER",
     help="Start on this tier, for example t0. [default: the best one the budget affords]",
 )
+@click.option("--strict", is_flag=True, help="Refuse a budget that the prices cannot promise, instead of warning.")
+@click.option(
+    "--safety",
+    metavar="FACTOR",
+    type=click.FloatRange(min=1.0),
+    default=1.0,
+    help="Raise every price by this factor, for prices that were not measured. [default: 1]",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: onnxruntime's choice]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 def run(
@@ -63,6 +71,8 @@ def run(
     raw: bool,
     stop: tuple[str, ...],
     tier: str | None,
+    strict: bool,
+    safety: float,
     threads: int | None,
     as_json: bool,
     **sampling: Any,
@@ -92,6 +102,8 @@ def run(
             sampling=params,
             raw=raw,
             tier=tier,
+            strict=strict,
+            safety=safety,
         )
         for event in generation:
             if not as_json:
@@ -101,6 +113,8 @@ def run(
         print_json(result.to_json())
     else:
         click.echo()
+        for warning in result.warnings:
+            click.echo(f"Warning: {warning}", err=True)
         click.echo(summary(result), err=True)
 
 
