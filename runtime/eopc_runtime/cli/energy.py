@@ -1,0 +1,16 @@
+"""`eopc energy`: a group of its own; like the main group it imports a command only when it runs."""
+
+from __future__ import annotations
+
+import click
+
+from eopc_runtime.cli.main import Entry, LazyGroup
+
+ENERGY_COMMANDS = {
+    "read": Entry("eopc_runtime.cli.energy_read", "read", "Turn a tegrastats log into watts and joules."),
+}
+
+
+@click.group(cls=LazyGroup, table=ENERGY_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+def energy() -> None:
+    """Read power logs, and work with energy models."""
