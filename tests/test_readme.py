@@ -36,11 +36,10 @@ def check_eopc(words: list[str]) -> None:
     pytest.importorskip("torch", reason="`eopc build` needs the compiler extra")
     context = click.Context(cli, info_name="eopc")
     name, command, rest = cli.resolve_command(context, words[1:])
-    assert command is not None
-    while isinstance(command, click.Group):
+    while isinstance(command, click.Group):  # `eopc energy read`
         context = click.Context(command, info_name=name, parent=context)
         name, command, rest = command.resolve_command(context, rest)
-        assert command is not None
+    assert command is not None
     options, left_over, _ = command.make_parser(click.Context(command, info_name=name)).parse_args(rest)
     assert not left_over, f"{' '.join(words)}: too many arguments"
     for parameter in command.params:
