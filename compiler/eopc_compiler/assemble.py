@@ -20,7 +20,7 @@ from eopc_compiler.dialects import Dialect, EagerOps, rotary_tables
 from eopc_compiler.equalize import equalize_layer
 from eopc_compiler.export import WeightTable, row_count, unit_count
 from eopc_compiler.importance import Observations, Report, capture_inputs, run_layer
-from eopc_compiler.ladder import Mask, UnitOrder, tier_cost
+from eopc_compiler.ladder import Mask, UnitOrder, column_cuts, tier_cost
 from eopc_compiler.model import Block, Llama, Projection
 from eopc_compiler.quantize import Quantized, choose_block, gptq, round_to_nearest, static_scale
 from eopc_compiler.rotate import Rotation, rotate_head, rotate_layer
@@ -237,28 +237,16 @@ def _write_layer(
     config: LlamaConfig,
     storage: Storage,
 ) -> None:
-    kept = [d for mask in masks for d in mask.layers if d.source_layer == dims.source_layer]
-    group_bounds = sorted({d.num_key_value_heads for d in kept} | {dims.num_key_value_heads})
-    ffn_bounds = sorted({d.intermediate_size for d in kept} | {dims.intermediate_size})
-    head, groups, width = config.head_dim, dims.num_key_value_heads, dims.intermediate_size
-    cuts = {
-        "self_attn.qkv_proj": (
-            [(groups, config.query_group_size * head), (groups, head), (groups, head)],
-            group_bounds,
-        ),
-        "mlp.gate_proj": ([(width, 1)], ffn_bounds),
-        "mlp.up_proj": ([(width, 1)], ffn_bounds),
-    }
+    cuts, head = column_cuts(config, dims, masks), config.head_dim
     rows_per_unit = {"self_attn.o_proj": config.query_group_size * head, "mlp.down_proj": 1}
     for name, parameter in layer.named_parameters():
         owner, _, leaf = name.rpartition(".")
         value = parameter.data
         if owner in cuts:
-            parts, bounds = cuts[owner]
             matrix = (
                 value if leaf == "bias" else quantized.get(owner) or _round(owner, dims.source_layer, value, storage)
             )
-            entries[prefix + name] = writer.columns(matrix, parts, bounds, storage.dtype)
+            entries[prefix + name] = writer.columns(matrix, cuts[owner].parts, cuts[owner].bounds, storage.dtype)
         elif owner in rows_per_unit and leaf == "weight":
             matrix = quantized.get(owner) or _round(owner, dims.source_layer, value, storage)
             entries[prefix + name] = writer.rows(matrix, storage.dtype, rows_per_unit[owner])

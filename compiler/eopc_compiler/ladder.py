@@ -81,6 +81,24 @@ def matrix_shapes(config: LlamaConfig, dims: LayerDims) -> dict[str, tuple[int, 
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a matrix is cut by columns: (units, columns per unit) of the parts side by side, and the counts kept."""
+
+    parts: tuple[tuple[int, int], ...]
+    bounds: tuple[int, ...]  # ascending, the last being all
+
+
+def column_cuts(config: LlamaConfig, dims: LayerDims, masks: Sequence[Mask]) -> dict[str, Cut]:
+    """The cuts of a source layer's matrices of which tiers keep columns, by module name."""
+    kept = [d for mask in masks for d in mask.layers if d.source_layer == dims.source_layer]
+    groups, width, head = dims.num_key_value_heads, dims.intermediate_size, config.head_dim
+    group_bounds = tuple(sorted({d.num_key_value_heads for d in kept} | {groups}))
+    ffn = Cut(((width, 1),), tuple(sorted({d.intermediate_size for d in kept} | {width})))
+    qkv = Cut(((groups, config.query_group_size * head), (groups, head), (groups, head)), group_bounds)
+    return {"self_attn.qkv_proj": qkv, "mlp.gate_proj": ffn, "mlp.up_proj": ffn}
+
+
 def tier_cost(
     config: LlamaConfig, mask: Mask, bytes_per_weight: Callable[[str, int], float], cache_bytes: int
 ) -> TierCost:

@@ -19,8 +19,9 @@ from eopc_compiler.assemble import Storage, load_tier, write_weights
 from eopc_compiler.calibration import CalibrationSet, Split, build_calibration, default_domains, load_calib
 from eopc_compiler.checkpoint import open_checkpoint
 from eopc_compiler.config import LayerDims, LlamaConfig
+from eopc_compiler.cut import cut_weights
 from eopc_compiler.dialects import DIALECTS
-from eopc_compiler.export import WeightTable, export_tier
+from eopc_compiler.export import WEIGHTS_FILE, WeightTable, export_tier
 from eopc_compiler.importance import InputPeaks, LayerScores, Observations, loss_under_mask, observe
 from eopc_compiler.ladder import Mask, UnitOrder, full_mask, read_masks, tier_config
 from eopc_compiler.model import Llama, build_model
@@ -208,28 +209,10 @@ def write_plan_only(state: CompileState) -> CompileState:
 
 def store_weights(state: CompileState) -> CompileState:
     """Write weights.bin: every tensor of the ladder once."""
-    assert state.storage and state.checkpoint and state.calibration
-    storage, masks = state.storage, [t.mask for t in state.plan]
-    inputs = {
-        "version": __version__,
-        "model": state.checkpoint.fingerprint,
-        "orders": [asdict(o) for o in state.orders],
-        "masks": [asdict(m) for m in masks],
-        "storage": asdict(storage),
-        "text": state.calibration.fingerprint,
-        "context": state.args.context,
-    }
-
-    def produce(path: Path) -> None:
-        path.mkdir()
-        table, histogram = write_tier_weights(state, path / "weights.bin", state.orders, masks, storage)
-        content = {"entries": table.to_json(), "bytes": histogram}
-        (path / "table.json").write_text(json.dumps(content), encoding="utf-8")
-
-    folder = state.cache.get("weights", inputs, "", produce)
-    content = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-    table = WeightTable.from_json(content["entries"])
-    return replace(state, weights=folder / "weights.bin", table=table, bytes_by_type=content["bytes"])
+    assert state.storage is not None
+    folder = stored_weights(state, state.storage, [t.mask for t in state.plan])
+    table, histogram = read_table(folder)
+    return replace(state, weights=folder / WEIGHTS_FILE, table=table, bytes_by_type=histogram)
 
 
 def export_graphs(state: CompileState) -> CompileState:
@@ -304,37 +287,50 @@ def reference_energy(state: CompileState, mask: Mask, storage: Storage) -> float
 def added_loss(state: CompileState, storage: Storage) -> dict[str, float]:
     """Nats per token that quantising the dense model adds, by domain, on the selection split."""
     assert state.selection is not None
-    full = full_mask(state.config)
-    folder = state.cache.folder / f"trial-{storage.precision}"
-    folder.mkdir(exist_ok=True)
-    try:
-        table, _ = write_tier_weights(state, folder / "weights.bin", state.orders, [full], storage)
-        model = load_tier(state.config, table, WeightReader(folder / "weights.bin"), state.args.context)
-        quantized = domain_losses(state.config, model, state.selection.domains)
-    finally:
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+    folder = stored_weights(state, storage, [full_mask(state.config)])
+    table, _ = read_table(folder)
+    model = load_tier(state.config, table, WeightReader(folder / WEIGHTS_FILE), state.args.context)
+    quantized = domain_losses(state.config, model, state.selection.domains)
     return {name: loss - state.dense_loss[f"selection.{name}"] for name, loss in quantized.items()}
 
 
-def write_tier_weights(
-    state: CompileState, path: Path, orders: tuple[UnitOrder, ...], masks: list[Mask], storage: Storage
-) -> tuple[WeightTable, dict[str, int]]:
-    """`write_weights` with everything the state knows."""
+def stored_weights(state: CompileState, storage: Storage, masks: list[Mask]) -> Path:
+    """A folder with weights.bin for a ladder and table.json; the model is rounded once, whatever the ladder."""
     assert state.checkpoint and state.calibration
-    return write_weights(
-        path,
-        state.config,
-        state.checkpoint.tensor,
-        orders,
-        masks,
-        storage,
-        state.args.context,
-        state.observations,
-        batches(state.calibration.tokens),
-        _counter(state, f"writing {storage.precision} weights"),
-    )
+    checkpoint, calibration, config = state.checkpoint, state.calibration, state.config
+    full = [full_mask(config)]
+    inputs = {
+        "version": __version__,
+        "model": checkpoint.fingerprint,
+        "orders": [asdict(o) for o in state.orders],
+        "masks": [asdict(m) for m in masks],
+        "storage": asdict(storage),
+        "text": calibration.fingerprint,
+        "context": state.args.context,
+    }
+
+    def produce(path: Path) -> None:
+        file = path / WEIGHTS_FILE
+        path.mkdir()
+        if storage.bits and masks != full:
+            whole = stored_weights(state, storage, full)
+            table, histogram = cut_weights(
+                file, read_table(whole)[0], WeightReader(whole / WEIGHTS_FILE), config, masks
+            )
+        else:
+            tokens, report = batches(calibration.tokens), _counter(state, f"writing {storage.precision} weights")
+            args = (config, checkpoint.tensor, state.orders, masks, storage, state.args.context)
+            table, histogram = write_weights(file, *args, state.observations, tokens, report)
+        content = {"entries": table.to_json(), "bytes": histogram}
+        (path / "table.json").write_text(json.dumps(content), encoding="utf-8")
+
+    return state.cache.get("weights", inputs, "", produce)
+
+
+def read_table(folder: Path) -> tuple[WeightTable, dict[str, int]]:
+    """Where everything lies in a folder's weights.bin, and how many bytes each stored type takes."""
+    content = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+    return WeightTable.from_json(content["entries"]), content["bytes"]
 
 
 def dense_model(state: CompileState) -> Llama:

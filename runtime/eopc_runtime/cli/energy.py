@@ -9,9 +9,7 @@ from eopc_runtime.cli.main import Entry, LazyGroup
 ENERGY_COMMANDS = {
     "read": Entry("eopc_runtime.cli.energy_read", "read", "Turn a tegrastats log into watts and joules."),
     "fit": Entry("eopc_runtime.cli.energy_fit", "fit", "Fit the energy model to measurements in a CSV file."),
-    "predict": Entry(
-        "eopc_runtime.cli.energy_predict", "predict", "Predict the joules of a sequence, and its margin."
-    ),
+    "predict": Entry("eopc_runtime.cli.energy_predict", "predict", "Predict the joules of a sequence, and its margin."),
     "sweetspot": Entry("eopc_runtime.cli.energy_sweetspot", "sweetspot", "Find the answer lengths cheapest per token."),
 }
 
