@@ -47,11 +47,15 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_profiles_are_readable_as_package_data() -> None:
     """Every profile of the repository is found through importlib.resources and is JSON with the name of its file."""
     folder = resources.files("eopc_runtime") / "_profiles"
-    found = {entry.name: json.loads(entry.read_text(encoding="utf-8")) for entry in folder.iterdir()}
-    assert set(found) == {path.name for path in (ROOT / "profiles").iterdir()}
-    assert "orin.json" in found
-    for name, content in found.items():
-        assert f"{content['name']}.json" == name
+    for here, there, key in (
+        (folder, ROOT / "profiles", "name"),
+        (folder / "measured", ROOT / "profiles" / "measured", "device"),
+    ):
+        found = {e.name: json.loads(e.read_text(encoding="utf-8")) for e in here.iterdir() if e.is_file()}
+        assert set(found) == {path.name for path in there.glob("*.json")}
+        assert "orin.json" in found
+        for name, content in found.items():
+            assert f"{content[key]}.json" == name
 
 
 def test_base_install_is_light(project: dict[str, Any]) -> None:
@@ -74,7 +78,10 @@ def test_wheel_holds_both_packages_and_the_profiles(wheel_names: list[str]) -> N
         if "_profiles" not in path.parts
     }
     assert modules <= set(wheel_names)
-    profiles = {f"eopc_runtime/_profiles/{path.name}" for path in (ROOT / "profiles").iterdir()}
+    profiles = {
+        f"eopc_runtime/_profiles/{path.relative_to(ROOT / 'profiles')}" for path in (ROOT / "profiles").rglob("*.json")
+    }
+    assert "eopc_runtime/_profiles/measured/orin.json" in profiles
     assert profiles <= set(wheel_names)
     assert "eopc_runtime/power/boards.json" in wheel_names
     assert any(name.endswith("licenses/LICENSE") for name in wheel_names)

@@ -13,12 +13,14 @@ negative: the energy rises with n and m, and a budget has one largest affordable
 (a sensor lags behind the start of an isolated run) is kept apart and never credited to a budget.
 
 The prior is an additive roofline, polynomial by construction. With bandwidth B, its share e reached at the
-precision, F FLOP/s at share f, idle power P, w joules per byte and x joules per FLOP:
+precision, F FLOP/s at share f, idle power P, w joules per byte, x joules per FLOP, and u joules to unpack a quantised
+weight (those of the blocks, once per pass):
 
     t = fixed_s + layers layer_s + bytes / (B e) + flops / (F f)
-    E = P t + w bytes + x flops
+    E = P t + w bytes + x flops + u weights
 
-It ranks tiers; against measurements datasheet priors are wrong by up to 3.6x.
+It ranks tiers. Its error where it was compared with measurements is in the profile (`prior_error`); datasheet priors
+are wrong by up to 3.6x.
 """
 
 from __future__ import annotations
@@ -270,7 +272,10 @@ def prior_energy(profile: DeviceProfile, tier: str, cost: TierCost, precision: s
     flop_s = 1 / (profile.constant("flops") * profile.constant("prefill_efficiency"))
     flop_j = profile.constant("idle_w") * flop_s + profile.constant("j_per_flop")
     launch_s = profile.constant("fixed_s") + cost.layers * profile.constant("layer_s")
+    unpack = profile.precision(precision).unpack_j
     once_j = profile.constant("idle_w") * launch_s + byte_j * cost.weight_bytes + flop_j * cost.head_flops
+    if unpack is not None:
+        once_j += unpack.value * cost.flops_per_token / 2  # two FLOPs per weight
     token_j = flop_j * cost.flops_per_token
     context_j = byte_j * cost.kv_bytes_per_token
     attn_j = flop_j * cost.attn_flops_per_context

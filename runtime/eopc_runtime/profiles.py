@@ -18,6 +18,7 @@ from types import MappingProxyType
 from eopc_runtime.errors import DeviceError
 from eopc_runtime.jsonfields import Fields, did_you_mean, parse_json
 from eopc_runtime.power.rails import RailRule, inherited, read_rails
+from eopc_runtime.prior_error import PriorError
 
 DIALECTS = ("primitive", "native")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -53,12 +54,14 @@ class Precision:
     """A weight precision: the share of bandwidth decode reaches, and the dialects that carry it.
 
     With static inputs, inputs of int8 matrices that come from a norm are rounded to int8 too, because the device
-    multiplies codes by codes faster than it unpacks weights.
+    multiplies codes by codes faster than it unpacks weights. `unpack_j` are joules per weight and pass beside its
+    bytes, to turn a quantised weight into a number; None where nothing is known of it, and the prior leaves it out.
     """
 
     decode_efficiency: Constant
     dialects: tuple[str, ...]
     static_inputs: bool = False
+    unpack_j: Constant | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class DeviceProfile:
     energy_source: str
     threads: int | None
     notes: tuple[str, ...]
+    prior_error: PriorError | None  # None: never compared with measurements on this device
     based_on: str | None
     precisions: Mapping[str, Precision]
     constants: Mapping[str, Constant] = field(repr=False)
@@ -157,6 +161,7 @@ def parse_profile(text: str, name: str, others: Mapping[str, str]) -> DeviceProf
         energy_source=fields.text("energy_source", choices=("prior", "proxy")),
         threads=fields.integer_or_none("threads", minimum=1),
         notes=fields.texts("notes"),
+        prior_error=PriorError.from_fields(fields.child("prior_error")) if "prior_error" in fields else None,
         based_on=parent.name if parent else None,
         precisions=MappingProxyType(precisions),
         constants=MappingProxyType(constants),
@@ -190,7 +195,12 @@ def _parent(fields: Fields, others: Mapping[str, str]) -> DeviceProfile | None:
         parent,
         constants={key: inherited(c) for key, c in parent.constants.items()},
         precisions={
-            key: replace(p, decode_efficiency=inherited(p.decode_efficiency)) for key, p in parent.precisions.items()
+            key: replace(
+                p,
+                decode_efficiency=inherited(p.decode_efficiency),
+                unpack_j=inherited(p.unpack_j) if p.unpack_j else None,
+            )
+            for key, p in parent.precisions.items()
         },
     )
 
@@ -207,8 +217,12 @@ def _precision(fields: Fields, name: str, dialects: tuple[str, ...]) -> Precisio
     own = fields.texts("dialects", default=dialects)
     if not own or set(own) - set(dialects):
         fields.fail(f"its dialects must be some of the device's, {', '.join(dialects)}.")
-    efficiency = _read_constant(fields.child("decode_efficiency"), "share")
-    precision = Precision(efficiency, own, fields.boolean("static_inputs", default=False))
+    precision = Precision(
+        decode_efficiency=_read_constant(fields.child("decode_efficiency"), "share"),
+        dialects=own,
+        static_inputs=fields.boolean("static_inputs", default=False),
+        unpack_j=_read_constant(fields.child("unpack_j"), "J/weight") if "unpack_j" in fields else None,
+    )
     fields.done()
     return precision
 

@@ -100,38 +100,46 @@ def test_the_first_token_comes_out_of_the_prefill():
     [(16, "fp16", 61.3, 0.750), (8, "int8", 91.2, 0.493), (4, "int4", 122.3, 0.355)],
 )
 def test_orin_reproduces_the_published_rows_of_llama_1b(bits, precision, tokens_per_s, j_per_token):
-    """Llama-3.2-1B on TensorRT-LLM, AGX Orin, 512 in and 512 out: within 2 % of speed and 5 % of J/token.
+    """Llama-3.2-1B on TensorRT-LLM, AGX Orin, 512 in and 512 out: within 2 % of speed and 4 % of J/token.
 
-    The constants are fitted to these rows with one bandwidth share and one J/byte for all precisions; what
-    is left is 0.9 % and 4.0 %. The mean context of the steps is 768.5.
+    The published joules lack what the sensor's lag misses, 0.35 s x (J/token x tokens/s - 11.1 W) over 512 steps; put
+    back, what is left is 0.9 % and 2.9 %. The mean context of the steps is 768.5.
     """
     orin, cost = load_profile("orin"), llama_cost(*LLAMA_1B, bits)
     energy = prior_energy(orin, "t0", cost, precision)
     assert 1 / prior_step_s(orin, cost, precision, 768) == pytest.approx(tokens_per_s, rel=0.02)
-    assert energy.decode_j(512, 513) / 512 == pytest.approx(j_per_token, rel=0.05)
+    whole_j = j_per_token + 0.35 * (j_per_token * tokens_per_s - 11.1) / 512
+    assert energy.decode_j(512, 513) / 512 == pytest.approx(whole_j, rel=0.04)
 
 
 def test_orin_reproduces_the_published_8b_row():
-    """Llama-3.1-8B int4 at 33.1 tokens/s is in the time fit; its 1.59 J/token is not, and comes out "
-    "within 10 %."""
+    """Llama-3.1-8B int4, 33.1 tokens/s and 1.59 J/token, comes out within 2 % of speed and 3 % of energy."""
     orin, cost = load_profile("orin"), llama_cost(*LLAMA_8B, 4)
     assert 1 / prior_step_s(orin, cost, "int4", 768) == pytest.approx(33.1, rel=0.02)
-    assert prior_energy(orin, "t0", cost, "int4").decode_j(512, 513) / 512 == pytest.approx(1.59, rel=0.10)
+    assert prior_energy(orin, "t0", cost, "int4").decode_j(512, 513) / 512 == pytest.approx(1.59, rel=0.03)
 
 
 def test_orin_prices_long_contexts_like_the_published_slope():
-    """J/token of the 1B fp16 engine rises 9.9e-6 per context token between 16k and 128k outputs; within "
-    "15 %."""
+    """J/token of the 1B fp16 engine after 128 prompt tokens, at 16k to 128k new ones: within 4 % of the published.
+
+    Answers this long are in no fit; beside them the sensor's lag is nothing. 3.0 % was observed at worst.
+    """
     energy = prior_energy(load_profile("orin"), "t0", llama_cost(*LLAMA_1B, 16), "fp16")
-    assert energy.step_ji == pytest.approx((1.386 - 0.836) / (64e3 - 8e3), rel=0.15)
+    for tokens, j_per_token in ((16384, 0.836), (32768, 0.916), (65536, 1.073), (131072, 1.386)):
+        assert energy.sequence_j(128, tokens) / tokens == pytest.approx(j_per_token, rel=0.04)
 
 
-def test_orin_prefill_is_the_right_size_and_not_below_the_published():
-    """512 prompt tokens of the 1B were metered at 1.5-1.8 mJ each by a sensor that lags behind so short "
-    "a window."""
-    for bits, precision, published in ((16, "fp16", 1.8e-3), (8, "int8", 1.6e-3), (4, "int4", 1.5e-3)):
+def test_orin_prompts_cost_what_they_add_to_whole_runs():
+    """A prompt token of the 1B adds 4.40, 3.80 and 2.56 mJ to a run (θ1 of fits to whole runs): 0.9 to 1.8 times that.
+
+    The windows of prefill alone read 1.5-1.8 mJ, as they end within the lag of the sensor; prices are above that. One
+    J/FLOP serves three precisions, whose prompts differ by 1.7 times.
+    """
+    rows = ((16, "fp16", 1.8e-3, 4.40e-3), (8, "int8", 1.6e-3, 3.80e-3), (4, "int4", 1.5e-3, 2.56e-3))
+    for bits, precision, window_j, run_j in rows:
         energy = prior_energy(load_profile("orin"), "t0", llama_cost(*LLAMA_1B, bits), precision)
-        assert published < energy.prefill_j(512) / 512 < 2 * published
+        assert window_j < energy.prefill_j(512) / 512
+        assert 0.9 < energy.prefill_j1 / run_j < 1.8
 
 
 def test_orin_gives_a_plausible_step_for_smollm2_135m():
@@ -142,16 +150,17 @@ def test_orin_gives_a_plausible_step_for_smollm2_135m():
 
 
 def test_the_prior_is_the_additive_roofline():
-    """The polynomial equals idle power x time + energy of bytes + energy of FLOPs, written out "
-    "independently."""
+    """The polynomial equals idle power x time + energy of bytes, FLOPs and unpacking, written out independently."""
     orin, cost = load_profile("orin"), llama_cost(*SMOLLM2_135M, bits=8, head_bits=8)
     energy = prior_energy(orin, "t3", cost, "int8")
     k = {name: c.value for name, c in orin.constants.items()}
     speed = k["bandwidth"] * orin.precisions["int8"].decode_efficiency.value
+    unpack = orin.precisions["int8"].unpack_j.value * cost.flops_per_token / 2
+    assert unpack > 0
 
     def joules(moved, flops):
         t = k["fixed_s"] + 30 * k["layer_s"] + moved / speed + flops / (k["flops"] * k["prefill_efficiency"])
-        return k["idle_w"] * t + k["j_per_byte"] * moved + k["j_per_flop"] * flops
+        return k["idle_w"] * t + k["j_per_byte"] * moved + k["j_per_flop"] * flops + unpack
 
     c, n = 300, 256
     step_flops = cost.flops_per_token + cost.head_flops + c * cost.attn_flops_per_context

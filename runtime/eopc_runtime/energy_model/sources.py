@@ -10,8 +10,9 @@ from eopc_runtime.energy import EnergyTable, TierEnergy
 from eopc_runtime.energy_model.forms import Theta
 from eopc_runtime.energy_model.groups import KIND, GroupFit, Refusal, fit_group, read_coefficients
 from eopc_runtime.energy_model.rows import read_measurements
-from eopc_runtime.errors import BudgetError, BundleError, UsageError
+from eopc_runtime.errors import BudgetError, BundleError, DeviceError, UsageError
 from eopc_runtime.jsonfields import did_you_mean, read_json
+from eopc_runtime.profiles import load_profile
 from eopc_runtime.provenance import Conformal, Hull
 
 UNMEASURED = Hull((16, 2048), (16, 2048))  # the lengths to show where no range was calibrated
@@ -141,5 +142,15 @@ def _of_tier(table: EnergyTable, tier: TierEnergy) -> Priced:
         conformal=calibration.conformal if calibration else None,
         hull=calibration.hull if calibration else None,
         mode=table.mode,
-        warnings=("computed from the device profile, not measured",) if table.nominal else (),
+        warnings=(_nominal(table),) if table.nominal else (),
     )
+
+
+def _nominal(table: EnergyTable) -> str:
+    """Say that no meter stands behind these joules, and how far off such joules were where that is known."""
+    text = "computed from the device profile, not measured"
+    try:
+        error = load_profile(table.device).prior_error
+    except DeviceError:  # a table may come from a newer eopc, with a device this one does not know
+        error = None
+    return f"{text}; {error}" if error else text
