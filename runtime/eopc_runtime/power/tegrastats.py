@@ -59,7 +59,7 @@ class TegrastatsMeter(SampledMeter):
         self._ready = threading.Event()
         self._threads = [
             threading.Thread(target=target, args=(stream,), name="eopc-tegrastats", daemon=True)
-            for target, stream in ((self._read_lines, process.stdout), (self._read_errors, process.stderr))
+            for target, stream in ((self._read_errors, process.stderr), (self._read_lines, process.stdout))
         ]
         for thread in self._threads:
             thread.start()
@@ -86,6 +86,7 @@ class TegrastatsMeter(SampledMeter):
             while line := stream.readline(LONGEST_LINE):
                 self._take(line, self._clock())
         code = self._process.wait()
+        self._threads[0].join(STOP_S)  # its last words say why
         why = "; ".join(self._errors)
         self.lose(f"tegrastats ended (exit code {code}{': ' if why else ''}{why})")
         self._ready.set()

@@ -306,7 +306,7 @@ def mutate(line: str, rng: random.Random) -> tuple[str, range]:
     noise = chr(rng.choice((*range(32, 127), 0, 9, 233, 0xFFFD)))
     kind = rng.randrange(9)
     if kind == 0:
-        return line[:i] + line[i + 1 :], range(i, i + 1)
+        return line[:i] + line[i + 1 :], range(i - 1, i + 2)
     if kind == 1:  # between two digits it makes another number
         return line[:i] + noise + line[i:], range(i - 1, i + 1)
     if kind == 2:
@@ -314,7 +314,7 @@ def mutate(line: str, rng: random.Random) -> tuple[str, range]:
     if kind == 3:
         return line[:i], range(i, len(line))
     if kind == 4:
-        return line[:i] + line[j:], range(i, j)
+        return line[:i] + line[j:], range(i - 1, j + 1)  # what is left may join to another number
     if kind == 5:
         return line[:i] + line[i:j] + line[i:], range(i, j)
     tokens = line.split()
@@ -353,7 +353,9 @@ def test_a_hundred_thousand_damaged_lines_give_no_wrong_total() -> None:
     wrong = [(mutants[n - 1], found[n], want) for n, want in judged_lines if found.get(n) not in (None, want)]
     assert not wrong, wrong[:3]
     intact = sum(found.get(n) == want for n, want in judged_lines)
-    assert intact > 0.7 * MUTANTS  # most damage lies elsewhere in the line, and must not cost the total
+    # most damage lies elsewhere in the line, and must not cost the total; 0.81 and 0.89 observed
+    assert intact > 0.75 * len(judged_lines), intact / len(judged_lines)
+    assert len(judged_lines) > 0.7 * MUTANTS
     assert log.skipped + len(log.lines) + sum(not text.strip() for text in mutants) == MUTANTS
 
 
