@@ -76,6 +76,7 @@ def test_wheel_holds_both_packages_and_the_profiles(wheel_names: list[str]) -> N
     assert modules <= set(wheel_names)
     profiles = {f"eopc_runtime/_profiles/{path.name}" for path in (ROOT / "profiles").iterdir()}
     assert profiles <= set(wheel_names)
+    assert "eopc_runtime/power/boards.json" in wheel_names
     assert any(name.endswith("licenses/LICENSE") for name in wheel_names)
 
 

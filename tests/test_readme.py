@@ -36,6 +36,9 @@ def check_eopc(words: list[str]) -> None:
     pytest.importorskip("torch", reason="`eopc build` needs the compiler extra")
     context = click.Context(cli, info_name="eopc")
     name, command, rest = cli.resolve_command(context, words[1:])
+    while isinstance(command, click.Group):  # `eopc energy read`
+        context = click.Context(command, info_name=name, parent=context)
+        name, command, rest = command.resolve_command(context, rest)
     assert command is not None
     while isinstance(command, click.Group):
         context = click.Context(command, info_name=name, parent=context)

@@ -3,8 +3,8 @@
 EopcError                 exit code 1 unless said otherwise
 ├── UsageError            the command line or an argument is malformed (exit 2 only where click says so)
 ├── BudgetError           a joule budget is malformed or cannot be met
-├── DeviceError           unknown device, or a device profile that does not fit the request
-│   └── MeterLostError    a power meter stopped answering while it was needed
+├── DeviceError           unknown device, a profile that does not fit the request, or no power to read
+│   └── MeterLostError    a power meter stopped delivering while a window was open
 ├── ModelError            a checkpoint that cannot be read or is not supported
 ├── BundleError           a bundle that is missing, damaged, or of another schema
 ├── PromptError           a prompt that cannot be run (empty, longer than the context)
@@ -28,11 +28,11 @@ class BudgetError(EopcError):
 
 
 class DeviceError(EopcError):
-    """The device is unknown, or its profile does not allow the request."""
+    """The device is unknown, its profile does not allow the request, or its power cannot be read."""
 
 
 class MeterLostError(DeviceError):
-    """A power meter that was answering stopped; the message says which and since when."""
+    """A power meter stopped delivering in an open window; what it measured so far cannot be relied on."""
 
 
 class ModelError(EopcError):

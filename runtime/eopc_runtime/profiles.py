@@ -3,7 +3,8 @@
 A profile is one JSON file in `profiles/`. Every constant carries its unit, a mark and a source:
 `s` documented in a public source, `m` measured in public data (or fitted to it), `u` unconfirmed. A profile
 may be `based_on` another one and state only what it knows better; what it inherits is marked `u`, because a
-constant of one board is only a guess for the next.
+constant of one board is only a guess for the next. The rails of a board's power monitors, and which of them
+make its total, are part of the profile too (see power.rails).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from types import MappingProxyType
 
 from eopc_runtime.errors import DeviceError
 from eopc_runtime.jsonfields import Fields, did_you_mean, parse_json
+from eopc_runtime.power.rails import RailRule, inherited, read_rails
 
 DIALECTS = ("primitive", "native")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -74,6 +76,7 @@ class DeviceProfile:
     based_on: str | None
     precisions: Mapping[str, Precision]
     constants: Mapping[str, Constant] = field(repr=False)
+    rails: RailRule | None = None  # None: the device has no rails of its own to read
 
     def constant(self, name: str) -> float:
         """Return a constant in the unit of `CONSTANT_UNITS`."""
@@ -152,9 +155,17 @@ def parse_profile(text: str, name: str, others: Mapping[str, str]) -> DeviceProf
         based_on=parent.name if parent else None,
         precisions=MappingProxyType(precisions),
         constants=MappingProxyType(constants),
+        rails=_rails(fields, name, parent),
     )
     fields.done()
     return profile
+
+
+def _rails(fields: Fields, name: str, parent: DeviceProfile | None) -> RailRule | None:
+    """The profile's own rails, else those of the profile it is based on; null says that it has none."""
+    if "rails" not in fields:
+        return inherited(parent.rails, name) if parent and parent.rails else None
+    return None if fields.raw("rails") is None else read_rails(fields.child("rails"), name)
 
 
 def _parent(fields: Fields, others: Mapping[str, str]) -> DeviceProfile | None:

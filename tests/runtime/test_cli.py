@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,12 +32,13 @@ from eopc_runtime.bundle import (
 )
 from eopc_runtime.cli import cli, doctor, machine
 from eopc_runtime.cli.bench import bench_tier
-from eopc_runtime.cli.energy import COMMANDS as ENERGY_COMMANDS
+from eopc_runtime.cli.energy import ENERGY_COMMANDS
 from eopc_runtime.cli.evaluate import cut_windows, window_nll
-from eopc_runtime.cli.main import COMMANDS, Entry
+from eopc_runtime.cli.main import COMMANDS, EXTRAS, Entry
 from eopc_runtime.cli.output import Progress, format_bytes
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
 from eopc_runtime.errors import PromptError
+from eopc_runtime.power.probe import Surroundings
 from eopc_runtime.runners.base import Logits, Wanted
 from eopc_runtime.session import Session
 
@@ -191,7 +192,7 @@ def test_help_and_every_commands_module_load_no_heavy_package() -> None:
         "print(*(m for m in sys.modules if m.startswith('eopc_runtime.cli.')))\n"
         "[importlib.import_module(e.module) for e in COMMANDS.values() if 'runtime' in e.module]\n"
         "from eopc_runtime.cli import energy\n"
-        "[importlib.import_module(f'eopc_runtime.cli.{e[0]}') for e in energy.COMMANDS.values()]\n"
+        "[importlib.import_module(e.module) for e in energy.ENERGY_COMMANDS.values()]\n"
         "print(*(m for m in ('numpy', 'onnxruntime', 'torch', 'tokenizers', 'jinja2') if m in sys.modules))\n"
     )
     done = child("-c", code)
@@ -210,15 +211,15 @@ def test_help_lists_every_command_with_its_line() -> None:
 
 
 RUNTIME_COMMANDS = [
-    *((name,) for name, entry in COMMANDS.items() if "runtime" in entry.module and name != "energy"),
-    *(("energy", name) for name in ENERGY_COMMANDS),
+    *([name] for name, entry in COMMANDS.items() if "runtime" in entry.module and name != "energy"),
+    *(["energy", name] for name in ENERGY_COMMANDS),
 ]
 
 
-@pytest.mark.parametrize("name", RUNTIME_COMMANDS, ids=" ".join)
-def test_every_runtime_command_has_help(name: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("words", RUNTIME_COMMANDS, ids=" ".join)
+def test_every_runtime_command_has_help(words: list[str]) -> None:
     """Every command explains itself and knows --json."""
-    result = eopc(*name, "--help")
+    result = eopc(*words, "--help")
     assert result.exit_code == 0
     assert "--json" in result.output
 
@@ -551,6 +552,17 @@ def test_bench_mistakes_are_clear(bundle: Path, options: tuple[object, ...]) -> 
 # devices and doctor
 
 
+def test_a_command_of_a_group_is_named_with_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing extra of `eopc energy read` is told by the words that were typed."""
+    (tmp_path / "needs_nvml.py").write_text("import pynvml_that_is_missing_here")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(EXTRAS, "pynvml_that_is_missing_here", "nvml")
+    monkeypatch.setitem(ENERGY_COMMANDS, "read", Entry("needs_nvml", "read", "Read."))
+    result = eopc("energy", "read")
+    assert result.exit_code == 1
+    assert "`eopc energy read` needs the nvml extra" in result.stderr
+
+
 def test_devices_lists_every_profile_with_marks() -> None:
     """The table and the JSON name the same devices, and every constant carries a mark and a source."""
     value = json.loads(eopc("devices", "--json").stdout)
@@ -567,7 +579,8 @@ def test_doctor_reports_and_gives_a_fix_for_every_gap() -> None:
     """The report is one JSON object; what is missing carries a fix."""
     value = json.loads(eopc("doctor", "--json").stdout)
     names = {check["name"]: check for check in value["checks"]}
-    assert {"python", "onnxruntime", "torch", "tensorrt", "gpu", "nvpmodel", "memory", "disk"} <= set(names)
+    wanted = {"python", "onnxruntime", "torch", "tensorrt", "gpu", "nvpmodel", "energy meter", "memory", "disk"}
+    assert wanted <= set(names)
     assert all(check["found"] or check["fix"] for check in value["checks"])
     assert "python" in eopc("doctor").stdout
 
@@ -595,8 +608,10 @@ def test_doctor_finds_rails_by_label_and_rapl_packages(tmp_path: Path) -> None:
     for name, text in {
         "name": "ina3221",
         "in1_label": "VDD_GPU_SOC",
+        "in1_input": "19864",
         "curr1_input": "180",
         "in2_label": "NC",
+        "in2_input": "0",
         "curr2_input": "0",
         "in7_label": "sum of shunt voltages",
         "in7_input": "3",
@@ -616,6 +631,35 @@ def test_doctor_finds_rails_by_label_and_rapl_packages(tmp_path: Path) -> None:
     locked = [doctor.Sensor("rapl", "package-0", "/sys/x", readable=False)]
     assert "sudo chmod a+r /sys/x" in (doctor.sensor_check(locked).fix or "")
     assert "None in sysfs" in (doctor.sensor_check([]).fix or "")
+
+
+def test_doctor_names_the_meter_and_why_others_were_passed_over(tmp_path: Path) -> None:
+    """On a Jetson with a monitor that is the meter, with its rails; without one a proxy, and a reason for each."""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/nv_tegra_release").touch()
+    here = Surroundings(root=tmp_path, tegrastats_command=("no-such-tegrastats",), proxy_w=30.0, threaded=False)
+    report = doctor.meter_report(here)
+    assert (report["meter"], report["source"]) == ("proxy", "proxy")
+    assert [entry["meter"] for entry in report["passed_over"]][:2] == ["ina3221", "tegrastats"]
+    assert all(entry["reason"] for entry in report["passed_over"])
+    check = doctor.meter_check(report)
+    assert "nothing was measured" in (check.found or "")
+    assert check.fix
+    assert doctor.meter_check(doctor.meter_report(replace(here, proxy_w=None))).found is None
+    chip = tmp_path / "sys/class/hwmon/hwmon3"
+    chip.mkdir(parents=True)
+    for name, text in {"name": "ina3221", "in1_label": "VDD_IN", "in1_input": "5000", "curr1_input": "900"}.items():
+        (chip / name).write_text(text)
+    report = doctor.meter_report(here)
+    assert (report["meter"], report["rails"], report["passed_over"]) == ("ina3221", ["VDD_IN"], [])
+    assert doctor.meter_check(report) == doctor.Check("energy meter", "ina3221, VDD_IN")
+
+
+def test_doctor_prints_the_reasons() -> None:
+    """Both outputs of the command carry them."""
+    report = json.loads(eopc("doctor", "--json").stdout)["meter"]
+    text = eopc("doctor").stdout
+    assert all(f"{entry['meter']}: " in text for entry in report["passed_over"])
 
 
 def test_doctor_reads_the_gpu_report() -> None:

@@ -15,7 +15,8 @@ LATE = [
     "tensorrt",
     "tensorrt_rtx",
     "tensorrt_rtx_bindings",
-]  # runners import these when they open
+    "pynvml",
+]  # runners and meters import these when they open
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 package, blocked = sys.argv[1], sys.argv[2:]
@@ -46,7 +47,12 @@ def test_every_runtime_module_imports_without_the_compiler_and_its_packages() ->
     """Nothing under eopc_runtime needs torch, transformers, onnx or the compiler, nor an engine at import."""
     done = import_all("eopc_runtime", [*COMPILER_ONLY, *LATE, "eopc_compiler"], ROOT / "runtime")
     assert done.returncode == 0, done.stderr
-    assert {"eopc_runtime.session", "eopc_runtime.cli.main", "eopc_runtime.runners.ort"} <= set(done.stdout.split())
+    assert {
+        "eopc_runtime.session",
+        "eopc_runtime.cli.main",
+        "eopc_runtime.runners.ort",
+        "eopc_runtime.power.probe",
+    } <= set(done.stdout.split())
 
 
 def test_every_board_module_imports_without_torch() -> None:

@@ -169,3 +169,45 @@ def test_profiles_based_on_each_other_are_refused():
     texts = {name: changed(name=name, based_on=other) for name, other in (("a", "b"), ("b", "a"))}
     with pytest.raises(DeviceError, match="which is not there"):
         parse_profile(texts["a"], "a", texts)
+
+
+def test_jetson_profiles_carry_their_rails_and_others_have_none():
+    """A module's input, or the sum of its rails where it has none; VDDQ lies inside VIN_SYS_5V0 and is not added."""
+    assert load_profile("orin").rails.total == (("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"),)
+    assert load_profile("orin").rails.sub_rails == ("VDDQ_VDD2_1V8AO",)
+    assert load_profile("orin-nano").rails.total == load_profile("orin-nx").rails.total == (("VDD_IN",),)
+    assert load_profile("thor").rails.total[0] == ("VIN",)
+    assert all(p.rails is None for p in list_profiles() if p.name in ("cpu", "h100", "rtx-4090"))
+
+
+def test_rails_are_inherited_unconfirmed_replaced_whole_or_denied():
+    """A profile that says nothing of rails takes its parent's as a guess; its own replace them; null means none."""
+    texts = shipped_texts()
+    nano = json.loads(texts["orin-nano"])
+    own = parse_profile(json.dumps(nano), "orin-nano", texts).rails
+    assert (own.board, own.mark, own.total) == ("orin-nano", "s", (("VDD_IN",),))
+    none = parse_profile(json.dumps(nano | {"rails": None}), "orin-nano", texts).rails
+    del nano["rails"]
+    taken = parse_profile(json.dumps(nano), "orin-nano", texts).rails
+    assert none is None
+    assert (taken.board, taken.mark) == ("orin-nano", "u")
+    assert taken.total == load_profile("orin").rails.total
+    assert taken.source.startswith("taken from orin, unconfirmed here: ")
+
+
+@pytest.mark.parametrize(
+    ("rails", "says"),
+    [
+        ([], "must be a JSON object"),
+        ({"total": [["VIN"]]}, '"sub_rails" is missing'),
+        (
+            {"total": [["VIN"]], "sub_rails": ["VIN"], "ignored": [], "mark": "s", "source": "x"},
+            "a sub-rail is not added",
+        ),
+    ],
+)
+def test_malformed_rails_are_refused(rails, says):
+    """Rails are read as strictly as constants: a slip there would be a wrong total."""
+    with pytest.raises(DeviceError, match=r"cpu\.json: rails") as caught:
+        parse_profile(changed(rails=rails), "cpu", {})
+    assert says in str(caught.value)

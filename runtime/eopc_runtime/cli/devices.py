@@ -54,6 +54,7 @@ def describe(profile: DeviceProfile) -> dict[str, Any]:
         "threads": profile.threads,
         "precisions": {name: asdict(precision) for name, precision in profile.precisions.items()},
         "constants": {name: asdict(constant) for name, constant in profile.constants.items()},
+        "rails": asdict(profile.rails) if profile.rails else None,
         "notes": list(profile.notes),
     }
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +25,9 @@ from eopc_runtime.cli.machine import (
     versions,
 )
 from eopc_runtime.cli.output import format_bytes, print_json
+
+if TYPE_CHECKING:
+    from eopc_runtime.power.probe import Surroundings
 
 _GPU_TIMEOUT_S = 30
 
@@ -76,22 +80,28 @@ class Sensor:
 def doctor(as_json: bool) -> None:
     """Report what this machine has and lacks to build, run and measure, with the fix for each gap."""
     root = Path("/")
-    sensors = power_sensors(root)
+    sensors, meter = power_sensors(root), meter_report()
     checks = [
         *software_checks(),
         gpu_check(),
         nvpmodel_check(root),
         sensor_check(sensors),
+        meter_check(meter),
         *capacity_checks(root),
     ]
     if as_json:
-        print_json({"checks": [asdict(check) for check in checks], "sensors": [asdict(s) for s in sensors]})
+        found = {"checks": [asdict(check) for check in checks], "sensors": [asdict(s) for s in sensors], "meter": meter}
+        print_json(found)
         return
     width = max(len(check.name) for check in checks)
     for check in checks:
         click.echo(f"{check.name.ljust(width)}  {check.found or 'not found'}")
         if check.fix:
             click.echo(f"{' ' * width}  -> {check.fix}")
+    if meter["passed_over"]:
+        click.echo("\nPower meters passed over:")
+    for entry in meter["passed_over"]:
+        click.echo(f"  {entry['meter']}: {entry['reason']}")
 
 
 def software_checks() -> list[Check]:
@@ -184,36 +194,52 @@ def capacity_checks(root: Path) -> list[Check]:
 
 def power_sensors(root: Path) -> list[Sensor]:
     """Return INA rails and RAPL packages under `root`/sys, by label: hwmon numbers move between boots."""
-    return [*_ina_sensors(root / "sys/class/hwmon"), *_rapl_sensors(root / "sys/class/powercap")]
+    from eopc_runtime.power.boards import list_boards
+    from eopc_runtime.power.ina3221 import find_channels
+    from eopc_runtime.power.rapl import find_domains
+
+    ignored = {name for board in list_boards() for name in board.rails.ignored}
+    rails = [_sensor(c.kind, c.rail, c.paths) for c in find_channels(root) if c.rail not in ignored]
+    return rails + [_sensor("rapl", domain.rail, (domain.counter,)) for domain in find_domains(root)]
 
 
-def _ina_sensors(folder: Path) -> list[Sensor]:
-    found = []
-    for chip in sorted(folder.glob("hwmon*")):
-        kind = (read_text(chip / "name") or "").strip()
-        if not kind.startswith("ina"):
-            continue
-        # channels 4 to 7 of an INA3221 are shunt voltages and their sum, which have no current: not rails
-        for current in sorted(chip.glob("curr*_input")):
-            label_file = chip / current.name.replace("curr", "in").replace("_input", "_label")
-            label = (read_text(label_file) or read_text(chip / "label") or "").strip()
-            if label and label != "NC":
-                found.append(Sensor(kind, label, str(current), os.access(current, os.R_OK)))
-        found += [
-            Sensor(kind, power.name.removesuffix("_input"), str(power), os.access(power, os.R_OK))
-            for power in sorted(chip.glob("power*_input"))
-        ]
-    return found
+def _sensor(kind: str, rail: str, paths: tuple[Path, ...]) -> Sensor:
+    """A sensor, by the first of its files that may not be read, or else by the first."""
+    locked = [path for path in paths if not os.access(path, os.R_OK)]
+    return Sensor(kind, rail, str((locked or paths)[0]), not locked)
 
 
-def _rapl_sensors(folder: Path) -> list[Sensor]:
-    """Packages only: a core domain lies inside its package and must not be added to it."""
-    found = []
-    for domain in sorted(folder.glob("intel-rapl:*")):
-        name, counter = (read_text(domain / "name") or "").strip(), domain / "energy_uj"
-        if name.startswith("package") and counter.exists():
-            found.append(Sensor("rapl", name, str(counter), os.access(counter, os.R_OK)))
-    return found
+def meter_report(around: Surroundings | None = None) -> dict[str, Any]:
+    """Return the power meter that `auto` means here, and why each one before it was passed over."""
+    from eopc_runtime.power.probe import Surroundings, choose_meter
+    from eopc_runtime.profiles import load_profile
+
+    choice = choose_meter(around or Surroundings(proxy_w=load_profile("cpu").constant("idle_w")))
+    with choice.meter as meter:
+        sensor = meter.sensor
+        return {
+            "meter": sensor.name,
+            "source": sensor.source,
+            "rails": list(sensor.rails),
+            "sub_rails": list(sensor.sub_rails),
+            "details": dict(sensor.details),
+            "remarks": list(sensor.remarks),
+            "passed_over": [asdict(entry) for entry in choice.passed_over],
+        }
+
+
+def meter_check(report: dict[str, Any]) -> Check:
+    """Return the meter as one line; without a measuring one, joules are estimates."""
+    name, rails = report["meter"], " + ".join(report["rails"])
+    if report["source"] != "measured":
+        return Check(
+            "energy meter",
+            f"{name}: {'; '.join(report['remarks'])}",
+            "The list below says what each other meter lacks.",
+        )
+    if name == "none":
+        return Check("energy meter", None, "The list below says what each meter lacks.")
+    return Check("energy meter", f"{name}, {rails}" + "".join(f"; {remark}" for remark in report["remarks"]))
 
 
 def _package(name: str, purpose: str, extra: str, *distributions: str) -> Check:

@@ -10,7 +10,7 @@ import errno
 import importlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ COMMANDS = {
 # Packages that are not in the base install, and the extra that brings each.
 EXTRAS = {
     **dict.fromkeys(("onnxruntime",), "ort"),
+    **dict.fromkeys(("pynvml",), "nvml"),
     **dict.fromkeys(
         ("torch", "transformers", "safetensors", "huggingface_hub", "onnx", "onnxscript", "onnx_ir", "gguf"),
         "compiler",
@@ -61,21 +62,25 @@ class CommandError(click.ClickException):
 
 
 class LazyGroup(click.Group):
-    """A group that knows its commands from COMMANDS, and turns our errors into messages."""
+    """A group that knows its commands from a table, and turns our errors into messages."""
+
+    def __init__(self, *args: Any, table: Mapping[str, Entry], **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.table = table
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names in the order of the table."""
-        return list(COMMANDS)
+        return list(self.table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return one command; CommandError names the extra when a package is missing."""
-        entry = COMMANDS.get(cmd_name)
+        entry = self.table.get(cmd_name)
         if entry is None:
             return None
         try:
             command = getattr(importlib.import_module(entry.module), entry.attribute)
         except ModuleNotFoundError as error:
-            raise _missing(cmd_name, error) from error
+            raise _missing(_path(ctx, cmd_name), error) from error
         if not isinstance(command, click.Command):
             raise TypeError(f"{entry.module}.{entry.attribute} is not a click command")
         return command
@@ -85,16 +90,16 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command, or fail with the nearest name there is."""
         name = args[0] if args else ""
-        if name and name not in COMMANDS and not name.startswith("-"):
-            near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Commands: {', '.join(COMMANDS)}."
+        if name and name not in self.table and not name.startswith("-"):
+            near = difflib.get_close_matches(name, self.table, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Commands: {', '.join(self.table)}."
             ctx.fail(f"No such command {name!r}.{hint}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands from the table, without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+            formatter.write_dl([(name, entry.help) for name, entry in self.table.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; user mistakes become one message, Ctrl-C becomes one line."""
@@ -103,7 +108,7 @@ class LazyGroup(click.Group):
         except EopcError as error:
             raise CommandError(str(error)) from error
         except ModuleNotFoundError as error:
-            raise _missing(ctx.invoked_subcommand or "this command", error) from error
+            raise _missing(_path(ctx, ctx.invoked_subcommand or ""), error) from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(INTERRUPTED)
@@ -114,7 +119,7 @@ class LazyGroup(click.Group):
             raise CommandError(f"{where} cannot be read or written: {error.strerror or error}.") from error
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="eopc")
 def cli() -> None:
     """Compile LLaMA-family language models for a device, and run them within a joule budget.
@@ -134,6 +139,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:  # before or after the group's own handler
         click.echo("Interrupted.", err=True)
         sys.exit(INTERRUPTED)
+
+
+def _path(ctx: click.Context, name: str) -> str:
+    """The name of a command with those of its groups, without the program's: `energy read`."""
+    names = [name]
+    while ctx.parent is not None:
+        names.insert(0, ctx.info_name or "")
+        ctx = ctx.parent
+    return " ".join(names).strip()
 
 
 def _missing(command: str, error: ModuleNotFoundError) -> CommandError:
