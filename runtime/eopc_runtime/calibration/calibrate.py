@@ -24,11 +24,11 @@ from eopc_runtime.calibration.conditions import (
 )
 from eopc_runtime.calibration.contention import (
     ATTEMPTS,
-    PAUSE_S,
     QUIET_SHARE,
     CpuTimes,
     others_share,
     read_cpu_times,
+    wait_until_quiet,
 )
 from eopc_runtime.calibration.fitting import TierFit, fit_tier
 from eopc_runtime.calibration.identity import find_identity, fingerprint
@@ -209,7 +209,7 @@ def _measure(
         tried.append(measured)
         if (measured.others_share or 0.0) > QUIET_SHARE and len(tried) < settings.attempts:
             left.append(visit)  # once the others are done
-            rig.sleep(PAUSE_S)
+            wait_until_quiet(rig.cpu, rig.sleep)
             continue
         journal.add(min(attempts.pop(visit), key=lambda item: item.others_share or 0.0))
         if 10 * (done + 1) >= next_tenth * len(visits):

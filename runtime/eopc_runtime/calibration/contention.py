@@ -14,7 +14,7 @@ from pathlib import Path
 
 QUIET_SHARE = 0.05  # of all cores; the counters' steps of 10 ms are 0.5 % of a second on two cores
 ATTEMPTS = 4  # at a visit, of which the least disturbed counts if none was quiet
-PAUSE_S = 2.0  # after a disturbed visit
+PAUSE_S, LOOK_S = 30.0, 1.0  # after a disturbed visit: the longest pause, and how long to look for others
 
 _BUSY = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal; not idle and iowait
 
@@ -41,6 +41,16 @@ def read_cpu_times(root: Path = Path("/"), clock: Callable[[], float] = time.mon
     cores = sum(line.startswith("cpu") for line in lines) - 1
     busy_s = sum(ticks[i] for i in _BUSY) / os.sysconf("SC_CLK_TCK")
     return CpuTimes(clock(), busy_s, time.process_time(), max(cores, 1))
+
+
+def wait_until_quiet(read: Callable[[], CpuTimes | None], sleep: Callable[[float], None]) -> None:
+    """Return once others leave the CPU alone for a second, or after half a minute."""
+    for _ in range(round(PAUSE_S / LOOK_S)):
+        before = read()
+        sleep(LOOK_S)
+        share = others_share(before, read())
+        if share is None or share <= QUIET_SHARE:
+            return
 
 
 def others_share(before: CpuTimes | None, after: CpuTimes | None) -> float | None:

@@ -61,7 +61,7 @@ def measure_cell(
     meter: Meter, work: Workload, cell: Cell, how: Windowing, clock: Callable[[], float] = time.monotonic
 ) -> Reading:
     """Return the joules of one sequence of a cell; DeviceError when the meter cannot tell them in three attempts."""
-    reading, window = _attempt(meter, work, cell, how, clock)
+    reading, window = attempt_cell(meter, work, cell, how, clock)
     for _ in range(ATTEMPTS - 1):
         if reading is not None:
             break
@@ -69,7 +69,7 @@ def measure_cell(
             break
         if "short" in window.faults:
             how = replace(how, seconds=how.seconds * LONGER)
-        reading, window = _attempt(meter, work, cell, how, clock)
+        reading, window = attempt_cell(meter, work, cell, how, clock)
     if reading is None:
         raise DeviceError(
             f"The {meter.sensor.name} meter gave no usable window for {cell[0]} + {cell[1]} tokens: "
@@ -79,7 +79,7 @@ def measure_cell(
     return reading
 
 
-def _attempt(
+def attempt_cell(
     meter: Meter, work: Workload, cell: Cell, how: Windowing, clock: Callable[[], float]
 ) -> tuple[Reading | None, Window]:
     """Measure once; without a reading the window says why."""

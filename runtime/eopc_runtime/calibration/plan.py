@@ -74,7 +74,7 @@ def plan_cells(
     rng = np.random.default_rng(seed)
     cells = [(n, m) for n in n_in for m in n_out]
     while len(cells) < wanted:
-        cell = (_log_uniform(n_in, rng), _log_uniform(n_out, rng))
+        cell = (log_uniform(n_in, rng), log_uniform(n_out, rng))
         if cell not in cells:
             cells.append(cell)
     return CellPlan(n_in, n_out, tuple(cells[:fit_cells]), tuple(cells[fit_cells:]), rounds, seed)
@@ -102,7 +102,7 @@ def parse_range(text: str, option: str) -> Range:
     return int(low), int(high)
 
 
-def _log_uniform(bounds: Range, rng: np.random.Generator) -> int:
+def log_uniform(bounds: Range, rng: np.random.Generator) -> int:
     """A length, as likely between 32 and 64 as between 256 and 512; both bounds can come out."""
     low, high = math.log(bounds[0] - 0.5), math.log(bounds[1] + 0.5)
     return min(max(round(math.exp(rng.uniform(low, high))), bounds[0]), bounds[1])

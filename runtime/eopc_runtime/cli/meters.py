@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 if TYPE_CHECKING:
     from eopc_runtime.bundle import Bundle
+    from eopc_runtime.energy import EnergyTable
     from eopc_runtime.power.base import Meter
     from eopc_runtime.power.probe import Surroundings
     from eopc_runtime.provenance import Identity
@@ -34,9 +35,14 @@ def meter_options(default: str | None, *more: str, text: str) -> Callable[[F], F
 
 
 def open_meter_for(
-    bundle: Bundle, name: str, proxy_w: float | None = None, around: Surroundings | None = None
+    bundle: Bundle,
+    name: str,
+    proxy_w: float | None = None,
+    *,
+    measuring: bool = False,
+    around: Surroundings | None = None,
 ) -> Meter:
-    """Open a meter that sees the work of a bundle's tiers, which run on the CPU.
+    """Open a meter that sees the work of a bundle's tiers, which run on the CPU; `measuring`: auto takes no proxy.
 
     NVML is passed over: it reads a GPU, which would idle. DeviceError says what is missing.
     """
@@ -48,7 +54,10 @@ def open_meter_for(
     def no_nvml() -> NoReturn:
         raise DeviceError("NVML reads the power of a GPU, and the tiers run on the CPU here.")
 
-    around = replace(around or Surroundings(), import_nvml=no_nvml, proxy_w=proxy_w or assumed_watts(bundle))
+    watts = proxy_w if proxy_w is not None else assumed_watts(bundle)
+    if measuring and name == "auto":
+        watts = None
+    around = replace(around or Surroundings(), import_nvml=no_nvml, proxy_w=watts)
     if name != "auto":
         return open_meter(name, around)
     choice = choose_meter(around)
@@ -60,6 +69,49 @@ def open_meter_for(
         f"There is no power meter here. Passed over:{reasons}\n"
         "`eopc doctor` says what is missing. To fit time x an assumed power instead, add --meter proxy --proxy-w WATTS."
     )
+
+
+def meter_of_run(bundle: Bundle, name: str | None, budget: bool, proxy_w: float | None = None) -> Meter | None:
+    """Return the meter that corrects a running sequence, or None.
+
+    Without a name it is the one that measures here, if there is one and a budget to keep. DeviceError when one was
+    asked for and is not to be had; UsageError for assumed watts under prices that were measured.
+    """
+    from eopc_runtime.errors import DeviceError, UsageError
+
+    if name == "none" or (name is None and not budget):
+        return None
+    if name == "proxy" and bundle.energy.source != "proxy":
+        raise UsageError(
+            f"The prices are {bundle.energy.source} joules, and a proxy counts others: time x an assumed power. "
+            "Leave out --meter proxy."
+        )
+    try:
+        return open_meter_for(bundle, name or "auto", proxy_w, measuring=True)
+    except DeviceError:
+        if name is not None:
+            raise
+        return None
+
+
+def prices_here(
+    bundle: Bundle, threads: int | None, rails: Sequence[str] | None, strict: bool
+) -> tuple[EnergyTable, str | None]:
+    """Return the prices for this device in its present power mode, and a warning where they are of another.
+
+    Under a strict budget that is a DeviceError.
+    """
+    from eopc_runtime.errors import DeviceError
+
+    table = bundle.energy
+    if table.calibration is None and not table.other_modes:
+        return table, None
+    try:
+        return table.on(identity_here(bundle, threads, rails)), None
+    except DeviceError as error:
+        if strict:
+            raise
+        return table, str(error)
 
 
 def assumed_watts(bundle: Bundle) -> float | None:
@@ -81,8 +133,8 @@ def runner_name(threads: int | None) -> str:
     return f"onnxruntime {installed('onnxruntime', 'onnxruntime-gpu')}, {threads or usable_cores()} threads"
 
 
-def identity_here(bundle: Bundle, threads: int | None) -> Identity:
-    """Return the identity of this machine with the runner that `eopc run` would use."""
+def identity_here(bundle: Bundle, threads: int | None, rails: Sequence[str] | None = None) -> Identity:
+    """Return the identity of this machine with the runner that `eopc run` uses, and the rails of an open meter."""
     from eopc_runtime.calibration.conditions import Place, read_conditions
     from eopc_runtime.calibration.identity import find_identity, fingerprint
     from eopc_runtime.cli.machine import cpu_model
@@ -93,5 +145,6 @@ def identity_here(bundle: Bundle, threads: int | None) -> Identity:
         read_conditions(place),
         runner=runner_name(threads),
         engine=fingerprint(bundle.manifest),
+        rails=rails,
         module=cpu_model(),
     )
