@@ -20,6 +20,8 @@ from eopc_runtime.policy import Request
 from eopc_runtime.reconcile import Guard, MeterWatch
 from eopc_runtime.units import format_energy
 
+IMPLAUSIBLE = 0.5  # a meter that shows less of the prediction misses a rail, or the prices are far off
+
 
 class Seen(NamedTuple):
     """What the controller is told before a phase: time, the meter's reading (or why it was lost), steps wished."""
@@ -121,8 +123,8 @@ class Controller:
         """Who kept the budget: "meter" if one was read to the end and saw enough, else "model"; None without one."""
         if self.start.budget_j is None:
             return None
-        watch = self._watch
-        return "meter" if watch is not None and watch.lost is None and watch.watts is not None else "model"
+        trusted = self._watch is not None and self._watch.trusted(self.seen[-1].time_s)
+        return "meter" if trusted else "model"
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -131,13 +133,17 @@ class Controller:
         watch, budget_j = self._watch, self.start.budget_j
         if watch is not None and watch.lost is not None:
             found.append(f"The meter was lost ({watch.lost}); from there the model kept the budget.")
-        elif watch is not None and watch.watts is None and budget_j is not None:
+        elif watch is not None and budget_j is not None and self.enforced_by == "model":
             found.append(
-                f"The sequence ended before the meter, which lags {self.start.guard.lag_s:g} s, could see it; "
-                "the model kept the budget."
+                f"The sequence ended before the meter, which lags {self.start.guard.lag_s:g} s, had shown enough of "
+                "it; the model kept the budget."
             )
         if watch is not None and watch.worst_drift > max(1 + self.admission.table.margin, self.start.terms.drift):
             found.append(f"The meter showed up to {watch.worst_drift:.2f} times the prediction; prices were raised.")
+        if watch is not None and watch.windows and watch.drift < IMPLAUSIBLE:
+            found.append(
+                f"The meter showed {watch.drift:.2f} times the prediction; does it read all of the board's rails?"
+            )
         if budget_j is not None and self.ledger.spent_j > budget_j:
             over = format_energy(self.ledger.spent_j - budget_j)
             found.append(f"The meter saw {over} more than the budget.")

@@ -1,6 +1,6 @@
 """Strict reading of JSON records: every key is checked for presence, type and spelling.
 
-The runtime reads three kinds of JSON (device profiles, `energy.json`, `manifest.json`). All go through
+The runtime reads JSON records (device profiles, `energy.json`, `manifest.json`, fits, logs). All go through
 `Fields`, so that an unknown key, a missing key or a wrong type gives the same kind of sentence everywhere,
 with the nearest known name where there is one.
 """

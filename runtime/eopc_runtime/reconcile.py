@@ -50,6 +50,7 @@ class MeterWatch:
         self.guard = guard
         self.drift = drift
         self.worst_drift = drift
+        self.windows = 0  # that the drift was measured over
         self.lost: str | None = None
         self.watts: float | None = None  # an upper estimate of the present power, None before it is known
         self._start_s = self._read_s = self._moved_s = start_s
@@ -94,6 +95,10 @@ class MeterWatch:
             self._booked.popleft()
         self._update()
 
+    def trusted(self, time_s: float) -> bool:
+        """True if the meter answers, has seen enough to know the power, and has moved of late."""
+        return self.lost is None and self.watts is not None and time_s - self._moved_s < self.guard.stuck_s / 2
+
     def lose(self, time_s: float, reason: str) -> None:
         """Stop trusting the meter; the first reason stands."""
         self.lost = self.lost or f"{reason}, {time_s - self._start_s:.3g} s into the sequence"
@@ -115,6 +120,8 @@ class MeterWatch:
         if covered < self.guard.settle_s or covered <= 0:
             return
         mean_w = self._metered_j / covered
+        if mean_w <= 0:
+            return  # nothing was seen, which is not the same as nothing spent
         time_s, metered_j, predicted_j = self._anchor
         window = self._covered_s - time_s
         if window < self.guard.reconcile_s:
@@ -127,6 +134,7 @@ class MeterWatch:
             weight = 1 - math.exp(-window / self.guard.memory_s)
             self.drift += weight * (spent_j / (predicted - predicted_j) - self.drift)
             self.worst_drift = max(self.worst_drift, self.drift)
+            self.windows += 1
         self._anchor = (self._covered_s, self._metered_j, predicted)
 
     def _predicted_at(self, time_s: float) -> float:

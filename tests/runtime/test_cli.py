@@ -39,6 +39,7 @@ from eopc_runtime.cli.output import Progress, format_bytes
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
 from eopc_runtime.errors import PromptError
 from eopc_runtime.power.probe import Surroundings
+from eopc_runtime.provenance import Calibration, Conformal, Hull
 from eopc_runtime.runners.base import Logits, Wanted
 from eopc_runtime.session import Session
 
@@ -417,6 +418,26 @@ def test_inspect_shows_tiers_and_files(bundle: Path) -> None:
     assert "10.50 (dense 9.50)" in text
     assert "t1: lower half of the FFN" in text
     assert "all verified" in text
+
+
+def test_inspect_shows_where_calibrated_prices_hold(bundle: Path) -> None:
+    """Mode, range and level, in words and in JSON; a prior has none of them."""
+    assert json.loads(eopc("inspect", bundle, "--json").stdout)["energy"]["calibration"] is None
+    calibration = Calibration(Hull((8, 64), (4, 32)), Conformal(0.05, 19, 0.02, 0.95), 31, {"t0": 0.006}, None, None)
+    tiers = tuple(TierEnergy(f"t{i}", 0.0, s / 8, 0.0, s, 0.0, 0.0, "calibrated") for i, s in enumerate((4.0, 1.0)))
+    table = EnergyTable("fake", "calibrated", 0.02, tiers, "MAXN", calibration)
+    (bundle / "energy.json").write_text(json.dumps(table.to_json()))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        path = bundle / entry["path"]
+        entry["sha256"], entry["bytes"] = sha256_file(path), path.stat().st_size
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    energy = json.loads(eopc("inspect", bundle, "--json").stdout)["energy"]
+    assert (energy["mode"], energy["modes"]) == ("MAXN", ["MAXN"])
+    assert energy["calibration"]["hull"] == {"n_in": [8, 64], "n_out": [4, 32]}
+    text = eopc("inspect", bundle).stdout
+    assert "calibrated in power mode MAXN for 8 to 64 prompt and 4 to 32 new tokens" in text
+    assert "the margin holds for 95% of sequences" in text
 
 
 def test_inspect_of_a_damaged_or_missing_bundle_exits_1_with_the_reason(bundle: Path, tmp_path: Path) -> None:

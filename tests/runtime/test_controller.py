@@ -191,6 +191,26 @@ def test_a_budget_that_is_spent_before_the_meter_sees_it_is_kept_by_the_model() 
     assert board.spent_j <= 20.0
 
 
+def test_a_meter_that_shows_nothing_enforces_nothing() -> None:
+    """Zero joules for three seconds are no measurement; the model keeps the budget, and the result says so."""
+    board = Board(lambda _: 1.0)
+    board.reading_j = lambda: 0.0  # type: ignore[method-assign]
+    controller = play(board, started(120.0, wanted=400), table(tiers=1))
+    assert controller.enforced_by == "model"
+    assert controller.drift == 1.0
+    assert "had shown enough" in controller.warnings[0]
+    assert board.spent_j <= 120.0
+
+
+def test_a_meter_that_misses_a_rail_is_doubted() -> None:
+    """A third of the prediction is more likely a rail that is not read than a miracle."""
+    board = Board(lambda _: 1.0)
+    board.reading_j = lambda: 0.3 * WATTS * max(board.time_s - 0.35, 0.0)  # type: ignore[method-assign]
+    controller = play(board, started(400.0, wanted=400), table(tiers=1))
+    assert any("all of the board's rails" in w for w in controller.warnings)
+    assert board.spent_j <= 400.0
+
+
 def test_without_a_budget_nothing_is_enforced() -> None:
     """The meter still tells the drift."""
     board = Board(lambda _: 1.3)

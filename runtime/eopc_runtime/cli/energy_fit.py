@@ -42,7 +42,9 @@ FORM_NAMES = ("auto", "quadratic", "phys5", "linear", "flops", "b4", "b2", "b1")
     default=1,
     help="Leave out rows with fewer new tokens, as when a slow sensor cannot resolve them. [default: none]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Which cells go into which fold.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which cells go into which fold."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the coefficients to this JSON file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def fit(

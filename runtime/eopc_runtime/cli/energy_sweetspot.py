@@ -124,5 +124,7 @@ def _print(content: dict[str, Any], best: Priced, spots: Sequence[SweetSpot]) ->
     for spot in spots:
         why = f" ({spot.reason})" if spot.reason else ""
         click.echo(f"{advice(spot)}{why}")
+    if content["extrapolated"]:
+        click.echo(f"extrapolated: measured for {best.hull}, not at n_in {content['n_in']}", err=True)
     for warning in content["warnings"]:
         click.echo(f"Warning: {warning}", err=True)

@@ -11,6 +11,7 @@ from eopc_runtime.cli.output import format_bytes, print_json, print_table
 
 if TYPE_CHECKING:
     from eopc_runtime.bundle import Bundle, TierInfo
+    from eopc_runtime.energy import EnergyTable
 
 
 @click.command()
@@ -49,6 +50,9 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             "device": bundle.energy.device,
             "source": bundle.energy.source,
             "margin": bundle.energy.margin,
+            "mode": bundle.energy.mode,
+            "modes": [table.mode for table in bundle.energy.modes() if table.mode is not None],
+            "calibration": None if bundle.energy.calibration is None else asdict(bundle.energy.calibration),
         },
         "tiers": [{**asdict(tier), "prices": prices[tier.tier]} for tier in manifest.tiers],
         "files": [asdict(entry) for entry in manifest.files],
@@ -73,6 +77,8 @@ def _print(bundle: Bundle) -> None:
         f"planned for {work.prompt_tokens} + {work.new_tokens} tokens; energy is {energy.source}, "
         f"prices include a margin of {energy.margin:.0%}"
     )
+    if energy.calibration is not None:
+        click.echo(f"calibrated{_calibrated(energy)}")
     click.echo()
     print_table(
         ("tier", "budget", "energy", "source", "perplexity", "params", "layers", "kv", "ffn"),
@@ -96,6 +102,16 @@ def _print(bundle: Bundle) -> None:
     print_table(("file", "size", "sha256"), [(f.path, format_bytes(f.bytes), f.sha256[:12]) for f in manifest.files])
     total = sum(entry.bytes for entry in manifest.files)
     click.echo(f"{len(manifest.files)} files, {format_bytes(total)}, all verified")
+
+
+def _calibrated(energy: EnergyTable) -> str:
+    """Return where the prices hold, and how often."""
+    calibration = energy.calibration
+    assert calibration is not None
+    mode = f" in power mode {energy.mode}" if energy.mode else ""
+    hull = f" for {calibration.hull}" if calibration.hull else ""
+    level = f"; the margin holds for {calibration.conformal.level:.0%} of sequences" if calibration.conformal else ""
+    return f"{mode}{hull}{level}"
 
 
 def _perplexity(tier: TierInfo) -> str:

@@ -137,7 +137,7 @@ def _group(by: dict[str, str], rows: list[_Row], left_out: Counter[str]) -> Grou
     for column in IDENTITY:
         values = {row.texts[column].strip() for row in rows if column in row.texts}
         if column not in by and len(values) > 1:
-            shown = ", ".join(sorted(values)[:3])
+            shown = ", ".join([*sorted(values)[:3], *(["..."] if len(values) > 3 else [])])
             warnings.append(f"mixes {len(values)} values of {column} ({shown}); fit them apart with --by {column}")
     coarse = _coarse_sampling(rows)
     if coarse:

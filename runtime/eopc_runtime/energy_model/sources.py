@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eopc_runtime.energy import EnergyTable, TierEnergy
@@ -77,10 +77,11 @@ def load_priced(path: Path, by: Sequence[str] = ()) -> tuple[Priced, ...]:
             return tuple(of_fit(item) for item in read_coefficients(path))
         return _of_table(EnergyTable.from_json(content, str(path)))
     fits = [fit_group(group) for group in read_measurements(path, by).groups]
-    good = tuple(of_fit(item) for item in fits if isinstance(item, GroupFit))
+    good = [of_fit(item) for item in fits if isinstance(item, GroupFit)]
+    refused = tuple(f"not fitted: {item.key}: {item.reason}" for item in fits if isinstance(item, Refusal))
     if not good:
-        raise UsageError("; ".join(f"{item.key}: {item.reason}" for item in fits if isinstance(item, Refusal)))
-    return good
+        raise UsageError(f"{path} has no group that can be fitted ({'; '.join(refused)}).")
+    return tuple(replace(item, warnings=(*item.warnings, *refused)) for item in good)
 
 
 def of_fit(fit: GroupFit) -> Priced:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eopc_runtime.energy_model.folds import Samples, hold_out, make_folds
@@ -12,6 +12,7 @@ cell = st.tuples(st.integers(1, 4096), st.integers(1, 4096))
 cell_lists = st.lists(cell, min_size=1, max_size=60, unique=True)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(cell_lists, st.integers(2, 6), st.integers(0, 99))
 def test_folds_hold_every_cell_once(cells: list[tuple[int, int]], count: int, seed: int) -> None:
     """No cell is in two folds or in none, sizes differ by one at most, and the seed repeats it."""
@@ -22,6 +23,7 @@ def test_folds_hold_every_cell_once(cells: list[tuple[int, int]], count: int, se
     assert folds == make_folds(cells, count, seed)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(cell_lists, st.integers(1, 4), st.integers(0, 99))
 def test_repeats_of_a_cell_are_never_on_both_sides(cells: list[tuple[int, int]], repeats: int, seed: int) -> None:
     """Samples chosen by one fold and by the rest share no cell, however often a cell was measured."""
@@ -34,6 +36,7 @@ def test_repeats_of_a_cell_are_never_on_both_sides(cells: list[tuple[int, int]],
         assert len(tested) + len(fitted) == len(samples)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(cell_lists, st.integers(0, 40), st.integers(0, 99))
 def test_held_out_cells_are_never_corners(cells: list[tuple[int, int]], count: int, seed: int) -> None:
     """Fitted and kept cells are all cells; the corners that were measured are fitted."""

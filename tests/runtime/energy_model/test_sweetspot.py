@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eopc_runtime.energy_model.forms import Theta
@@ -24,6 +24,7 @@ thetas = st.builds(
 lengths = st.integers(1, 8192)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(thetas, lengths, st.floats(1e-6, 1e7), st.integers(1, 100_000))
 def test_the_token_cap_fits_and_one_more_does_not(theta: Theta, n: int, budget_j: float, limit: int) -> None:
     """E(m) <= B < E(m + 1), also for θ5 = 0 and for B below the fixed cost, where the cap is 0."""
@@ -38,6 +39,7 @@ def test_the_token_cap_fits_and_one_more_does_not(theta: Theta, n: int, budget_j
         assert cap == 0
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(thetas, lengths, lengths)
 def test_the_cap_inverts_the_energy(theta: Theta, n: int, m: int) -> None:
     """The budget of m tokens buys m tokens (or more where a token is free of cost in floating point)."""
@@ -50,6 +52,7 @@ def test_a_negative_constant_buys_nothing() -> None:
     assert token_cap(Theta(-10.0, 0.0, 0.0, 0.5, 0.0, 0.0), 100, 5.0, 1000) == 10
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(thetas, lengths)
 def test_no_length_is_cheaper_per_token_than_the_sweet_spot(theta: Theta, n: int) -> None:
     """Among all lengths that were measured, the best one named is the cheapest (1e-12: ties in floating point)."""
@@ -61,6 +64,7 @@ def test_no_length_is_cheaper_per_token_than_the_sweet_spot(theta: Theta, n: int
     assert (spot.n_out_star is None) == bool(spot.reason) == spot.clipped
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(thetas, lengths)
 def test_the_range_named_is_within_a_percent_and_no_wider_one_is(theta: Theta, n: int) -> None:
     """Both ends cost at most 1 % more per token than the best; a token further out costs more, unless it is an edge."""
@@ -120,6 +124,7 @@ def test_the_grid_has_every_pair() -> None:
     assert records[0]["j_per_token"] == 1.0
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.integers(1, 5000), st.integers(0, 200_000), st.integers(3, 9))
 def test_lengths_shown_are_few_rising_and_keep_both_ends(low: int, more: int, most: int) -> None:
     """Ends and powers of two, at most one more than asked for."""
