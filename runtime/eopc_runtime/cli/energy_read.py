@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 72
+_ROWS = 40  # of a log without energy
 
 
 @click.command("read")
@@ -103,7 +104,10 @@ def _print(log: PowerLog) -> None:
         click.echo(sparkline(used))
     else:
         click.echo()
-        print_table(("line", "total W"), _line_rows(log.lines))
+        rows = _line_rows(log.lines)
+        print_table(("line", "total W"), rows[:_ROWS])
+        if len(rows) > _ROWS:
+            click.echo(f"... and {len(rows) - _ROWS} more rows; --json has every line")
     for note in log.notes:
         click.echo(f"note: {note}", err=True)
 

@@ -62,7 +62,8 @@ def find_channels(root: Path = Path("/")) -> list[Channel]:
     sys = root / "sys"
     folders = [*sys.glob("class/hwmon/hwmon*"), *sys.glob("bus/i2c/drivers/ina*/*/hwmon/hwmon*")]
     folders += sys.glob("bus/i2c/drivers/ina*/*/iio*device*")
-    unique = {folder.resolve(): folder for folder in sorted(folders)}
+    # one chip has many paths: links in class/, and on TX2 both iio:device0 and iio_device
+    unique = {(f.parent if f.name.startswith("iio") else f).resolve(): f for f in sorted(folders)}
     return [channel for folder in unique.values() for channel in _channels(folder)]
 
 

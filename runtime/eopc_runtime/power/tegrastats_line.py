@@ -63,7 +63,7 @@ def parse_line(text: str, known: Collection[str], ignored: Collection[str] = ())
         if name in _MEMORY_NAMES:
             memory = memory or _MEMORY.match(token) is not None
             continue
-        unit_seen = unit_seen or "mW" in token
+        unit_seen = unit_seen or ("mW" in token and (value is not None or name in known))
         if name in ignored:
             continue
         if value is None:

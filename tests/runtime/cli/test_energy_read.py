@@ -96,6 +96,8 @@ def test_text_of_a_mixed_log_lists_its_lines(log: Path) -> None:
     log.write_text(LINE.format(5000) * 3 + ORIN + LINE.format("x"))
     lines = read("--tegrastats", log).stdout.splitlines()
     assert [line.split()[:2] for line in lines[-3:]] == [["1-3", "5.000"], ["4", "7.000"], ["5", "-"]]
+    log.write_text((LINE.format(5000) + ORIN) * 50)
+    assert read("--tegrastats", log).stdout.endswith("... and 60 more rows; --json has every line\n")
 
 
 @pytest.mark.parametrize(

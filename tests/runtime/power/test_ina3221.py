@@ -100,6 +100,8 @@ def test_jetpack_4_is_read_through_iio_in_milliwatts(tmp_path: Path) -> None:
     chip = Chip(tmp_path, "sys/bus/i2c/drivers/ina3221x/7-0040/iio:device0", None)
     chip.write(rail_name_0="VDD_IN", in_power0_input=4067, rail_name_1="VDD_CPU_GPU_CV", in_power1_input=738)
     chip.write(rail_name_2="VDD_SOC", in_power2_input=1353)
+    again = Chip(tmp_path, "sys/bus/i2c/drivers/ina3221x/7-0040/iio_device", None)
+    again.write(rail_name_0="VDD_IN", in_power0_input=4067)  # the same chip, shown twice
     with opened(tmp_path) as meter:
         assert meter.sensor.rails == ("VDD_IN",)
         assert meter._read()["VDD_IN"] == pytest.approx(4.067)

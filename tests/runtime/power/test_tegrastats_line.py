@@ -126,7 +126,15 @@ def test_a_reading_of_another_shape_was_damaged() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "   ", "Sun Apr 19 01:31:10 UTC 2026", "Tue 04/19/2026 started", "04-19-2026 01:31:10", "GPU and CPU 1"],
+    [
+        "",
+        "   ",
+        "Sun Apr 19 01:31:10 UTC 2026",
+        "Tue 04/19/2026 started",
+        "04-19-2026 01:31:10",
+        "GPU and CPU 1",
+        "x\x00mW\x01 y/mW",
+    ],
 )
 def test_what_is_not_from_tegrastats_is_none(text: str) -> None:
     """Blank lines, date headers and prose are told apart from lines without rails."""
