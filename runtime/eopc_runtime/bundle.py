@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -21,6 +22,7 @@ from eopc_runtime.profiles import COMPUTE_DTYPES, DIALECTS, PRECISIONS
 MANIFEST_SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
 ENERGY_NAME = "energy.json"
+NEXT_ENERGY_NAME = "energy.next.json"  # prices on their way into the bundle, see calibration/publish.py
 WEIGHTS_NAME = "weights.bin"
 TOKENIZER_NAME = "tokenizer/tokenizer.json"
 KEEP_SHARES = ("layers", "kv_groups", "ffn")
@@ -49,6 +51,8 @@ class Bundle:
             raise BundleError(f"{root} has no {MANIFEST_NAME}, so it is no bundle. Build one with `eopc build`.")
         manifest = Manifest.from_json(read_json(root / MANIFEST_NAME, MANIFEST_NAME, BundleError))
         for entry in manifest.files:
+            if entry.path == ENERGY_NAME:
+                finish_publication(root, entry)
             check_file(root, entry, verify)
         energy = EnergyTable.from_json(read_json(root / ENERGY_NAME, ENERGY_NAME, BundleError))
         if (priced := [t.tier for t in energy.tiers]) != [t.tier for t in manifest.tiers]:
@@ -307,6 +311,14 @@ def check_file(root: Path, entry: FileEntry, verify: bool) -> None:
             f"{entry.path} does not match its sha256 in the manifest: the bundle {root} is damaged or was "
             f"changed. Copy it again, or rebuild it."
         )
+
+
+def finish_publication(root: Path, entry: FileEntry) -> None:
+    """Put new prices in their place if the manifest has their hash already: a kill came between the two renames."""
+    waiting = root / NEXT_ENERGY_NAME
+    with suppress(OSError):  # not there, or another process was faster
+        if waiting.stat().st_size == entry.bytes and sha256_file(waiting) == entry.sha256:
+            waiting.replace(inside(root, entry.path))
 
 
 def file_entry(root: Path, relative: str) -> FileEntry:

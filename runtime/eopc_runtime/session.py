@@ -23,6 +23,7 @@ from eopc_runtime.controller import Controller, Seen, Start
 from eopc_runtime.energy import EnergyTable
 from eopc_runtime.errors import BudgetError, MeterLostError, PromptError, UsageError
 from eopc_runtime.policy import Request
+from eopc_runtime.power.base import MEASURED
 from eopc_runtime.reconcile import Guard
 from eopc_runtime.sampling import SamplingParams, sample
 from eopc_runtime.sequence_log import SequenceLog
@@ -48,6 +49,16 @@ class Meter(Protocol):
 
     def end(self, name: str) -> object:
         """Close a window."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """When a sequence ran: by the session's monotonic clock, and by the wall clock in s since 1970 (UTC)."""
+
+    start_s: float
+    end_s: float
+    start_wall_s: float
+    end_wall_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +98,12 @@ class Result:
 class Generation(Iterator[Event]):
     """The running sequence: iterate for events, then read `result` (which runs the rest if there is any)."""
 
-    def __init__(self, steps: Generator[Event, None, Result], controller: Controller) -> None:
+    def __init__(
+        self, steps: Generator[Event, None, Result], controller: Controller, times: Sequence[tuple[float, float]]
+    ) -> None:
         self._steps = steps
         self._controller = controller
+        self._times = times
         self._result: Result | None = None
 
     def __next__(self) -> Event:
@@ -110,6 +124,14 @@ class Generation(Iterator[Event]):
         return self._result
 
     @property
+    def span(self) -> Span:
+        """When the finished sequence ran; RuntimeError before its end."""
+        if len(self._times) < 2:
+            raise RuntimeError("the sequence has not ended")
+        (start_s, start_wall_s), (end_s, end_wall_s) = self._times
+        return Span(start_s, end_s, start_wall_s, end_wall_s)
+
+    @property
     def log(self) -> SequenceLog:
         """What was seen and decided so far; the decisions follow from it (`SequenceLog.replay`)."""
         return SequenceLog.of(self._controller)
@@ -128,6 +150,7 @@ class _Job:
     max_new_tokens: int
     stop: tuple[str, ...]
     sampling: SamplingParams
+    times: list[tuple[float, float]]  # monotonic and wall clock, at the start and at the end
 
 
 class Session:
@@ -140,6 +163,7 @@ class Session:
         tokenizer: Tokenizer,
         *,
         clock: Callable[[], float] = time.perf_counter,
+        wall: Callable[[], float] = time.time,
         meter: Meter | None = None,
         guard: Guard | None = None,
     ) -> None:
@@ -152,7 +176,7 @@ class Session:
         self.eos_token_ids = frozenset(bundle.manifest.model.eos_token_ids)
         self.tiers = tuple(tier.tier for tier in self.table.tiers)
         self.drift = 1.0  # measured over predicted joules of late, as the meter showed
-        self._clock = clock
+        self._clock, self._wall = clock, wall
         self._meter = meter
         self._guard = guard or Guard()
         self._count = 0
@@ -180,8 +204,13 @@ class Session:
         tokenizer = Tokenizer.open(bundle.root / "tokenizer")
         return cls(bundle, OrtPool(bundle, threads), tokenizer, meter=meter, guard=guard)
 
+    def use(self, *, meter: Meter | None = None, table: EnergyTable | None = None) -> None:
+        """From the next sequence on, read this meter and charge these prices of the same ladder."""
+        self._meter = meter or self._meter
+        self.table = table or self.table
+
     def close(self) -> None:
-        """Release the runners."""
+        """Release the runners; a meter belongs to whoever opened it."""
         self.pool.close()
 
     def __enter__(self) -> Session:
@@ -284,8 +313,9 @@ class Session:
             max_new_tokens=request.max_new_tokens,
             stop=check_stops(stop),
             sampling=sampling or SamplingParams(),
+            times=[],
         )
-        return Generation(self._run(job), job.controller)
+        return Generation(self._run(job), job.controller, job.times)
 
     def encode_prompt(
         self, prompt: str | None = None, *, messages: Sequence[Message] | None = None, raw: bool = False
@@ -333,6 +363,7 @@ class Session:
         self._count += 1
         window = f"sequence {self._count}"
         opened = self._open(window)
+        job.times.append((opened.time_s, self._wall()))
         try:
             controller.begin(opened)
             start = self._clock()
@@ -366,6 +397,7 @@ class Session:
                 token = sample(logits, history, job.sampling, rng)
                 decode_s += self._clock() - start
         finally:
+            job.times.append((self._clock(), self._wall()))
             self.drift = controller.drift
             if self._meter is not None and opened.lost is None:
                 with suppress(MeterLostError):  # the result says already who kept the budget
@@ -384,9 +416,15 @@ class Session:
             completion_tokens=produced,
             ttft_s=ttft_s,
             decode_tokens_per_s=(produced - 1) / decode_s if decode_s > 0 else None,
-            enforced_by=controller.enforced_by,
+            enforced_by=self._enforced_by(controller),
             warnings=controller.warnings,
         )
+
+    def _enforced_by(self, controller: Controller) -> str | None:
+        """Who kept the budget; time x an assumed power is a model, also where it comes as a meter."""
+        sensor = getattr(self._meter, "sensor", None)
+        assumed = sensor is not None and sensor.source != MEASURED
+        return "model" if assumed and controller.enforced_by == "meter" else controller.enforced_by
 
     def _open(self, window: str) -> Seen:
         """Open the meter's window; a meter that does not answer is lost from the start."""

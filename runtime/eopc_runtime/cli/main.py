@@ -37,6 +37,8 @@ COMMANDS = {
     "inspect": Entry("eopc_runtime.cli.inspect", "inspect", "Show what is in a bundle, and verify it."),
     "eval": Entry("eopc_runtime.cli.evaluate", "evaluate", "Measure the perplexity of a bundle's tiers."),
     "bench": Entry("eopc_runtime.cli.bench", "bench", "Measure the speed and memory of a bundle's tiers."),
+    "calibrate": Entry("eopc_runtime.cli.calibrate", "calibrate", "Measure a bundle's prices on this device."),
+    "validate": Entry("eopc_runtime.cli.validate", "validate", "Compare predicted with measured joules."),
     "energy": Entry("eopc_runtime.cli.energy", "energy", "Measure, model and predict joules."),
     "devices": Entry("eopc_runtime.cli.devices", "devices", "List the device profiles and their constants."),
     "doctor": Entry("eopc_runtime.cli.doctor", "doctor", "Report what this machine has and lacks, with fixes."),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from eopc_runtime.cli.meters import meter_options
 from eopc_runtime.cli.output import print_json
 
 if TYPE_CHECKING:
@@ -60,6 +63,14 @@ if TYPE_CHECKING:
     default=1.0,
     help="Raise every price by this factor, for prices that were not measured. [default: 1]",
 )
+@meter_options(
+    None,
+    "none",
+    text="What corrects the account while the sequence runs. [default: with a budget the power meter that works here]",
+)
+@click.option(
+    "--log", type=click.Path(path_type=Path), metavar="FILE", help="Append times and joules to it, for `eopc validate`."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: onnxruntime's choice]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 def run(
@@ -73,6 +84,9 @@ def run(
     tier: str | None,
     strict: bool,
     safety: float,
+    meter: str | None,
+    proxy_w: float | None,
+    log: Path | None,
     threads: int | None,
     as_json: bool,
     **sampling: Any,
@@ -81,7 +95,10 @@ def run(
 
     The text goes to stdout, a summary with the energy to stderr.
     """
+    from eopc_runtime.calibration.identity import fingerprint
+    from eopc_runtime.cli.meters import meter_of_run, prices_here
     from eopc_runtime.errors import UsageError
+    from eopc_runtime.sequence_record import SequenceRecord, append_record
     from eopc_runtime.session import Session
     from eopc_runtime.units import parse_energy
 
@@ -89,7 +106,14 @@ def run(
         raise UsageError("--system needs the chat template, which --raw leaves out. Drop one of the two.")
     params = _sampling_params(**sampling)
     budget_j = None if budget is None else parse_energy(budget)
-    with Session.open(bundle, threads=threads) as session:
+    with ExitStack() as stack:
+        session = stack.enter_context(Session.open(bundle, threads=threads))
+        opened = meter_of_run(session.bundle, meter, budget_j is not None, proxy_w)
+        if opened is not None:
+            stack.enter_context(opened)
+        rails = None if opened is None else opened.sensor.rails
+        table, warning = prices_here(session.bundle, threads, rails, strict)
+        session.use(meter=opened, table=table)
         messages = None
         if system is not None:
             messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
@@ -109,6 +133,10 @@ def run(
             if not as_json:
                 click.echo(event.text, nl=False)
         result = generation.result
+        if log is not None:
+            append_record(log, SequenceRecord.of(generation, table, fingerprint(session.bundle.manifest)))
+    if warning:
+        click.echo(f"Warning: {warning}", err=True)
     if as_json:
         print_json(result.to_json())
     else:
@@ -124,9 +152,10 @@ def summary(result: Result) -> str:
 
     tiers = result.plan if len(result.tiers_used) < 3 and not _moved(result) else " then ".join(result.tiers_used)
     of_budget = "" if result.budget_j is None else f" of {format_energy(result.budget_j)}"
+    kept = ", kept by the meter" if result.enforced_by == "meter" else ""
     speed = "" if result.decode_tokens_per_s is None else f", {result.decode_tokens_per_s:.1f} tokens/s"
     return (
-        f"[{tiers}: {format_energy(result.energy_j)}{of_budget} ({result.energy_source}), "
+        f"[{tiers}: {format_energy(result.energy_j)}{of_budget} ({result.energy_source}){kept}, "
         f"{result.prompt_tokens} + {result.completion_tokens} tokens{speed}, ended by {result.finish_reason}]"
     )
 

@@ -58,6 +58,7 @@ class PowerLog:
     rails_j: Mapping[str, float] = field(default_factory=dict)
     duration_s: float | None = None
     covered_s: float | None = None
+    clock_first_s: float | None = None  # wall clock at t_s = 0, estimated to a part of a second
 
     def series(self) -> tuple[Sample, ...]:
         """Return (t_s, (total W,)) of the lines that count, for integrating over parts of the log."""
@@ -102,7 +103,10 @@ def read_log(
             parsed.append((number, raw, line))
     _require_rails([line for _, _, line in parsed], skipped, rails)
     lines = _totals(parsed, rules, rails)
-    times, source, notes = line_times([line.clock_s for _, _, line in parsed], interval_s)
+    clocks = [line.clock_s for _, _, line in parsed]
+    times, source, notes = line_times(clocks, interval_s)
+    pairs = zip(_spread(clocks), times, strict=True)
+    first = [clock_s - t_s for clock_s, t_s in pairs if clock_s is not None and t_s is not None]
     if skipped:
         notes.append(f"{skipped} line(s) skipped: not from tegrastats")
     log = PowerLog(
@@ -112,6 +116,7 @@ def read_log(
         clock_start_s=next((line.clock_s for _, _, line in parsed if line.clock_s is not None), None),
         time_source=source,
         notes=tuple(notes),
+        clock_first_s=statistics.median(first) if first else None,
     )
     return _with_energy(log, rules)
 
@@ -122,6 +127,7 @@ def line_times(
     """Return the time of each line in s from the first, where it comes from, and what to say about it."""
     spread = _spread(clocks)
     timed = [t for t in spread if t is not None]
+    spread = [None if t is None else t - timed[0] for t in spread]
     span_s = timed[-1] - timed[0] if len(timed) > 1 else None
     if interval_s is not None:
         notes = []
@@ -140,7 +146,7 @@ def line_times(
 
 
 def _spread(clocks: Sequence[float | None]) -> list[float | None]:
-    """Times from clocks of whole seconds: lines of one second evenly over it; the outer seconds may be parts."""
+    """Wall clock of each line from whole seconds: lines of one evenly over it; the outer seconds may be parts."""
     groups = [(clock, len(list(group))) for clock, group in groupby(c for c in clocks if c is not None)]
     if not groups:
         return [None] * len(clocks)
@@ -150,8 +156,8 @@ def _spread(clocks: Sequence[float | None]) -> list[float | None]:
         per_s = max(n, usual) if i in (0, len(groups) - 1) else n
         late = 1 - n / per_s if i == 0 and len(groups) > 1 else 0.0  # the log began late in its first second
         times += [clock + late + (j + 0.5) / per_s for j in range(n)]
-    start, left = times[0], iter(times)
-    return [None if clock is None else next(left) - start for clock in clocks]
+    left = iter(times)
+    return [None if clock is None else next(left) for clock in clocks]
 
 
 def _require_rails(lines: Sequence[Line], skipped: int, rails: Sequence[str]) -> None:

@@ -1,0 +1,1 @@
+"""Validation: what sequences were predicted to cost against what a power meter saw of them."""

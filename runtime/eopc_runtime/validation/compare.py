@@ -1,0 +1,89 @@
+"""Predicted against measured joules, sequence by sequence, and what they say together: pure.
+
+A sequence whose power could not be measured is unverified: it has no error and counts for nothing but itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """One sequence. measured_j and error (measured / predicted - 1) are null where it is unverified; notes say why.
+
+    predicted_j is what a meter should show, price_j what was charged or would be (with margin).
+    """
+
+    name: str
+    plan: str
+    prompt_tokens: int
+    new_tokens: int
+    predicted_j: float
+    price_j: float
+    budget_j: float | None
+    measured_j: float | None
+    seconds: float
+    samples: int
+    verified: bool
+    others_share: float | None  # of the CPU, used by other processes meanwhile
+    notes: tuple[str, ...]
+
+    @property
+    def error(self) -> float | None:
+        """Measured over predicted, minus 1."""
+        return None if self.measured_j is None else self.measured_j / self.predicted_j - 1
+
+    @property
+    def over_price(self) -> bool:
+        """True if more was measured than charged."""
+        return self.measured_j is not None and self.measured_j > self.price_j
+
+    @property
+    def over_budget(self) -> bool:
+        """True if more was measured than the budget."""
+        return self.measured_j is not None and self.budget_j is not None and self.measured_j > self.budget_j
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """All sequences together; shares, and null where nothing was verified.
+
+    mape: mean |measured - predicted| / measured. bias: mean of the errors. violations: sequences that cost more than
+    their price or their budget. coverage: the share of verified sequences within their price, to hold against the
+    margin's level. worst_over: the largest measured / price - 1.
+    """
+
+    sequences: int
+    verified: int
+    mape: float | None
+    bias: float | None
+    violations: int
+    over_price: int
+    over_budget: int
+    coverage: float | None
+    worst_over: float | None
+
+
+def summarise(checked: Sequence[Checked]) -> Summary:
+    """Return the figures over the verified ones among these sequences."""
+    known = [(item, item.measured_j) for item in checked if item.measured_j is not None]
+    errors = [abs(item.predicted_j - measured) / measured for item, measured in known]
+    signed = [measured / item.predicted_j - 1 for item, measured in known]
+    over_price = sum(item.over_price for item, _ in known)
+    return Summary(
+        sequences=len(checked),
+        verified=len(known),
+        mape=_mean(errors),
+        bias=_mean(signed),
+        violations=sum(item.over_price or item.over_budget for item, _ in known),
+        over_price=over_price,
+        over_budget=sum(item.over_budget for item, _ in known),
+        coverage=1 - over_price / len(known) if known else None,
+        worst_over=max((measured / item.price_j - 1 for item, measured in known), default=None),
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
