@@ -23,7 +23,7 @@ from eopc_runtime.calibration.conditions import (
     wait_until_cool,
 )
 from eopc_runtime.calibration.contention import (
-    ATTEMPTS,
+    PATIENCE_S,
     QUIET_SHARE,
     CpuTimes,
     others_share,
@@ -73,7 +73,7 @@ class Settings:
     seconds: float | None = None
     limit_c: float | None = None
     idle_s: float = IDLE_S
-    attempts: int = ATTEMPTS
+    patience_s: float = PATIENCE_S
     resume: bool = True
 
 
@@ -188,13 +188,14 @@ def _measure(
 ) -> None:
     """Make the visits that the journal does not hold.
 
-    One that other processes disturbed is made again at the end; if it is never quiet, its least disturbed attempt
-    counts.
+    One that other processes disturbed is made again at the end, as long as the patience lasts; then its least
+    disturbed attempt counts.
     """
     left = deque(visit for visit in visits if visit not in journal.done)
     clockwork = _TimeLeft(how.seconds + how.lead_in_s)
     attempts: dict[Visit, list[Measured]] = {}
     next_tenth = 1 + 10 * len(journal.done) // len(visits)
+    patience_s = settings.patience_s
     while left:
         visit = left.popleft()
         done = len(visits) - len(left) - 1
@@ -202,14 +203,21 @@ def _measure(
             f"{visit.tier}, {visit.cell[0]} + {visit.cell[1]} tokens: "
             f"{done} of {len(visits)} visits done{clockwork.shown((visit, *left))}"
         )
-        begun_s = rig.clock()
-        measured = _visit(bundle, rig, settings, how, visit, start)
-        clockwork.add(visit, rig.clock() - begun_s)
         tried = attempts.setdefault(visit, [])
-        tried.append(measured)
-        if (measured.others_share or 0.0) > QUIET_SHARE and len(tried) < settings.attempts:
-            left.append(visit)  # once the others are done
+        if not tried or patience_s > 0:
+            begun_s = rig.clock()
+            tried.append(_visit(bundle, rig, settings, how, visit, start))
+            spent_s = rig.clock() - begun_s
+            clockwork.add(visit, spent_s)
+            patience_s -= spent_s if len(tried) > 1 else 0.0
+        share = tried[-1].others_share or 0.0
+        if share > QUIET_SHARE and patience_s > 0:
+            if patience_s == settings.patience_s:
+                rig.tell(f"other processes use {share:.0%} of the CPU: visits that they disturb are made again later")
+            left.append(visit)
+            begun_s = rig.clock()
             wait_until_quiet(rig.cpu, rig.sleep)
+            patience_s -= rig.clock() - begun_s
             continue
         journal.add(min(attempts.pop(visit), key=lambda item: item.others_share or 0.0))
         if 10 * (done + 1) >= next_tenth * len(visits):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 QUIET_SHARE = 0.05  # of all cores; the counters' steps of 10 ms are 0.5 % of a second on two cores
-ATTEMPTS = 4  # at a visit, of which the least disturbed counts if none was quiet
+PATIENCE_S = 1800.0  # to spend on waiting for others and on making disturbed visits again, all together
 PAUSE_S, LOOK_S = 30.0, 1.0  # after a disturbed visit: the longest pause, and how long to look for others
 
 _BUSY = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal; not idle and iowait

@@ -1,9 +1,9 @@
 """From visits to prices: a robust figure per cell, the fit of a tier, its error on cells kept out, and the margin.
 
-A cell counts with the median over its visits, so that a single odd one does not move it. The margin is scored on the
-cells kept out, each by its dearest visit, since a promise is about single sequences. Visits that other processes
-disturbed are left out of both where a cell has quiet ones: prices are those of a device that does nothing else, and
-what else it does shows at run time, as drift.
+A cell counts with the middle of its visits: the median of up to three, from four on the mean without the lowest and the
+highest, so that a single odd one does not move it. The margin is scored on the cells kept out, each by its dearest
+visit, since a promise is about single sequences. Visits that other processes disturbed are left out of both where a
+cell has quiet ones: prices are those of a device that does nothing else, and what else it does shows as drift.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def fit_tier(tier: str, plan: CellPlan, measured: Sequence[Measured], alpha: flo
     """Fit one tier to its visits; UsageError when they cannot give a fit."""
     visits, noisy_cells = visit_energies(measured)
     form = choose_form(AUTO, len(plan.fit))
-    fitted = fit(_medians(visits, plan.fit), form)
-    kept_out = _medians(visits, plan.conformal)
+    fitted = fit(_middles(visits, plan.fit), form)
+    kept_out = _middles(visits, plan.conformal)
     errors = relative_errors(fitted, kept_out)
     single = Samples.of((n, m, j) for n, m in plan.conformal for j in visits[n, m])
     conformal = split_conformal(cell_scores(fitted.theta, single), alpha)
@@ -100,13 +100,20 @@ def visit_energies(measured: Sequence[Measured]) -> tuple[dict[Cell, list[float]
     return energies, sum(not items for items in good.values())
 
 
+def middle(values: Sequence[float]) -> float:
+    """Return the median of up to three values, the mean without the lowest and the highest of more."""
+    if len(values) < 4:
+        return statistics.median(values)
+    return statistics.fmean(sorted(values)[1:-1])
+
+
 def quiet(item: Measured) -> bool:
     """True if no other process used the CPU to speak of, as far as is known."""
     return item.others_share is None or item.others_share <= QUIET_SHARE
 
 
-def _medians(visits: Mapping[Cell, Sequence[float]], cells: Sequence[Cell]) -> Samples:
-    return Samples.of((n, m, statistics.median(visits[n, m])) for n, m in cells)
+def _middles(visits: Mapping[Cell, Sequence[float]], cells: Sequence[Cell]) -> Samples:
+    return Samples.of((n, m, middle(visits[n, m])) for n, m in cells)
 
 
 def _idle_share(measured: Sequence[Measured]) -> float | None:

@@ -22,7 +22,8 @@ Range = tuple[int, int]
 
 FIT_CELLS = 14
 CONFORMAL_CELLS = needed_cells(0.05)
-ROUNDS = 3  # the fewest with a median that one disturbed window does not move
+ROUNDS = 3  # the fewest with a middle that one odd visit does not move
+PROXY_ROUNDS = 5  # times scatter more than joules over a window of a meter
 QUICK = (8, 9, 1)  # cells to fit, cells for a margin of 90 %, rounds
 
 BLOCK = 4  # visits of one tier in a row: loading a tier takes as long as a short visit

@@ -34,13 +34,16 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     help="Further pairs, kept out of the fit: the margin holds k/(k+1), up to 95 %. [default: 19; quick 9]",
 )
-@click.option("--rounds", type=click.IntRange(min=1), help="Visits of every pair. [default: 3; quick 1]")
 @click.option(
-    "--attempts",
-    type=click.IntRange(min=1),
-    default=4,
+    "--rounds", type=click.IntRange(min=1), help="Visits of every pair. [default: 3, with the proxy 5; quick 1]"
+)
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=0),
+    default=30,
     show_default=True,
-    help="At a visit that other processes disturb; the least disturbed one counts if none is quiet.",
+    metavar="MIN",
+    help="Minutes to spend, in all, on waiting for other processes and on measuring again what they disturbed.",
 )
 @click.option(
     "--quick", is_flag=True, help="Fewer pairs and one round: a rougher fit, and a margin that holds for 90 %."
@@ -70,7 +73,7 @@ def calibrate(
     seconds_per_window: float | None,
     max_temperature: float | None,
     threads: int | None,
-    attempts: int,
+    patience: float,
     seed: int,
     no_resume: bool,
     as_json: bool,
@@ -87,20 +90,22 @@ def calibrate(
     from eopc_runtime.calibration.calibrate import calibrate as run_calibration
     from eopc_runtime.cli.machine import cpu_model
     from eopc_runtime.cli.meters import open_meter_for, runner_name
+    from eopc_runtime.power.base import MEASURED
     from eopc_runtime.runners.ort import OrtPool, import_onnxruntime
 
     import_onnxruntime()
     bundle = Bundle.open(path)
-    settings = Settings(
-        plan=make_plan(prompt_range, new_range, seed, **numbers),
-        tiers=tiers or None,
-        seconds=seconds_per_window,
-        limit_c=max_temperature,
-        attempts=attempts,
-        resume=not no_resume,
-    )
     progress = Progress()
     with open_meter_for(bundle, meter, proxy_w) as opened:
+        measuring = opened.sensor.source == MEASURED
+        settings = Settings(
+            plan=make_plan(prompt_range, new_range, seed, measuring=measuring, **numbers),
+            tiers=tiers or None,
+            seconds=seconds_per_window,
+            limit_c=max_temperature,
+            patience_s=60 * patience,
+            resume=not no_resume,
+        )
         pool = OrtPool(bundle, threads)
         rig = Rig(pool, runner_name(threads), opened, module=cpu_model(), show=progress.update, tell=progress.done)
         progress.done(settings_line(rig, settings, bundle.root.name))
@@ -125,15 +130,17 @@ def make_plan(
     conformal_cells: int | None,
     rounds: int | None,
     quick: bool,
+    measuring: bool,
 ) -> CellPlan:
-    """Return the plan of the options; what was given goes before what --quick means."""
-    from eopc_runtime.calibration.plan import CONFORMAL_CELLS, FIT_CELLS, QUICK, ROUNDS, parse_range, plan_cells
+    """Return the plan of the options; what was given goes before what --quick or the kind of meter means."""
+    from eopc_runtime.calibration import plan
 
-    usual = QUICK if quick else (FIT_CELLS, CONFORMAL_CELLS, ROUNDS)
+    usual = (plan.FIT_CELLS, plan.CONFORMAL_CELLS, plan.ROUNDS if measuring else plan.PROXY_ROUNDS)
+    usual = plan.QUICK if quick else usual
     given = (fit_cells, conformal_cells, rounds)
     fit, conformal, turns = (use if number is None else number for number, use in zip(given, usual, strict=True))
-    n_in, n_out = parse_range(prompt_range, "--prompt-range"), parse_range(new_range, "--new-range")
-    return plan_cells(n_in, n_out, fit, conformal, turns, seed)
+    n_in, n_out = plan.parse_range(prompt_range, "--prompt-range"), plan.parse_range(new_range, "--new-range")
+    return plan.plan_cells(n_in, n_out, fit, conformal, turns, seed)
 
 
 def settings_line(rig: Any, settings: Any, name: str) -> str:
@@ -181,7 +188,11 @@ def describe(outcome: Outcome) -> dict[str, Any]:
 def statistic(outcome: Outcome) -> str:
     """Say what stands for a cell."""
     rounds = outcome.plan.rounds
-    return "one visit per cell" if rounds == 1 else f"median of {rounds} visits per cell"
+    if rounds == 1:
+        return "one visit per cell"
+    if rounds < 4:
+        return f"median of {rounds} visits per cell"
+    return f"mean of {rounds} visits per cell without the lowest and the highest"
 
 
 def _tier(outcome: Outcome, item: TierFit) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from eopc_runtime.ledger import ROUNDING
+
 
 @dataclass(frozen=True, slots=True)
 class Checked:
@@ -38,12 +40,12 @@ class Checked:
     @property
     def over_price(self) -> bool:
         """True if more was measured than charged."""
-        return self.measured_j is not None and self.measured_j > self.price_j
+        return self.measured_j is not None and not fits(self.measured_j, self.price_j)
 
     @property
     def over_budget(self) -> bool:
         """True if more was measured than the budget."""
-        return self.measured_j is not None and self.budget_j is not None and self.measured_j > self.budget_j
+        return self.measured_j is not None and self.budget_j is not None and not fits(self.measured_j, self.budget_j)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,11 @@ def summarise(checked: Sequence[Checked]) -> Summary:
         coverage=1 - over_price / len(known) if known else None,
         worst_over=max((measured / item.price_j - 1 for item, measured in known), default=None),
     )
+
+
+def fits(measured_j: float, limit_j: float) -> bool:
+    """True if what was measured is within a limit, but for the rounding of sums."""
+    return measured_j <= limit_j * (1 + ROUNDING)
 
 
 def _mean(values: Sequence[float]) -> float | None:

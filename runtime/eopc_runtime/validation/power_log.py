@@ -48,8 +48,11 @@ def place_in_time(log: PowerLog, utc_offset_s: float, start_wall_s: float | None
         start_wall_s: when the first line was written (s since 1970, UTC); None takes the printed clock.
     """
     series = [(t, (sum(watts),)) for t, watts in log.series()]
-    if len(series) < 2 or log.time_source is None:
+    if log.time_source is None:
         raise UsageError("The log has no times: give --interval with the seconds between its lines.")
+    if len(series) < 2:
+        why = next((line.reason for line in log.lines if line.reason), "the lines come from different boards")
+        raise UsageError(f"The log has {len(series)} usable lines of power, and no energy: {why}.")
     assumptions = []
     if start_wall_s is not None:
         origin_s = start_wall_s

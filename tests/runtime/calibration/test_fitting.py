@@ -8,7 +8,7 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 
-from eopc_runtime.calibration.fitting import fit_tier, visit_energies
+from eopc_runtime.calibration.fitting import fit_tier, middle, visit_energies
 from eopc_runtime.calibration.journal import Measured
 from eopc_runtime.calibration.plan import CellPlan, Visit, order_visits, plan_cells
 from eopc_runtime.energy_model.forms import Theta
@@ -69,6 +69,13 @@ def test_cells_that_were_never_quiet_are_said() -> None:
     found = fit_tier("t0", PLAN, loud)
     assert (found.noisy_cells, found.disturbed) == (3, 9)
     assert "3 of 33 cells were measured only while other processes used the CPU" in found.warnings[0]
+
+
+def test_the_middle_of_visits_leaves_odd_ones_out() -> None:
+    """The median of up to three; of five the mean of the three in the middle."""
+    assert middle([3.0]) == 3.0
+    assert middle([1.0, 9.0, 2.0]) == 2.0
+    assert middle([1.0, 2.0, 3.0, 7.0, 99.0]) == 4.0
 
 
 def test_a_visit_counts_with_the_median_of_its_windows() -> None:

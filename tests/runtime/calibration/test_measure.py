@@ -19,7 +19,7 @@ SHORT, LONG = (32, 8), (200, 300)
 def work_on(lab: Any, prefill: str = "t0", decode: str = "t0") -> Workload:
     """A workload on the lab's runners."""
     pool = lab.rig().pool
-    return Workload(pool.get(prefill), pool.get(decode), 100, np.random.default_rng(0))
+    return Workload(pool.get(prefill), pool.get(decode), 258, np.random.default_rng(0))
 
 
 def theta_of(lab: Any, tier: str) -> Theta:

@@ -18,7 +18,7 @@ from eopc_runtime.energy import EnergyTable, TierEnergy
 from eopc_runtime.energy_model.forms import Theta
 from eopc_runtime.power.base import MEASURED, Meter, Sensor, Window, finish
 
-VOCAB = 100
+VOCAB = 258  # one token per byte, <s> and </s>
 # joules of a small board; t1 costs about two thirds of t0, t2 about a third
 THETAS = (
     Theta(0.4, 0.004, 2e-6, 0.35, 6e-6, 5e-6),
@@ -220,6 +220,7 @@ def write_bundle(path: Path) -> None:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(name)
     tiers = tuple(TierEnergy(f"t{i}", 0.1, 0.01, 0.0, 0.5 - i / 10, 0.001, 0.001, "prior") for i in range(3))
+    write_tokenizer(path / "tokenizer/tokenizer.json")
     (path / "energy.json").write_text(json.dumps(EnergyTable("orin", "prior", 0.0, tiers).to_json()))
     manifest = {
         "schema": 1,
@@ -227,7 +228,7 @@ def write_bundle(path: Path) -> None:
         "model": {
             "name": "tiny", "source": "tests", "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 16,
             "head_dim": 8, "num_hidden_layers": 3, "max_position_embeddings": 2048, "bos_token_id": None,
-            "eos_token_ids": [2],
+            "eos_token_ids": [257],
         },
         "device": "orin",
         "dialect": "native",
@@ -244,6 +245,18 @@ def write_bundle(path: Path) -> None:
     }  # fmt: skip
     manifest["files"] = [vars_of(file_entry(path, name)) for name in names]
     (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def write_tokenizer(path: Path) -> None:
+    """Write a tokenizer of one token per byte."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    backend.save(str(path))
 
 
 def vars_of(entry: Any) -> dict[str, Any]:
