@@ -19,7 +19,10 @@ from eopc_runtime.energy_model.conformal import ALPHA, cell_scores, split_confor
 from eopc_runtime.energy_model.fit import AUTO, choose_form, fit, relative_errors
 from eopc_runtime.energy_model.folds import Cell, Samples
 from eopc_runtime.energy_model.forms import Theta
+from eopc_runtime.errors import UsageError
 from eopc_runtime.provenance import Conformal
+
+MOSTLY_IDLE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,11 @@ def fit_tier(tier: str, plan: CellPlan, measured: Sequence[Measured], alpha: flo
     visits, noisy_cells = visit_energies(measured)
     form = choose_form(AUTO, len(plan.fit))
     fitted = fit(_middles(visits, plan.fit), form)
+    if fitted.theta.theta3 + fitted.theta.theta5 <= 0:
+        raise UsageError(
+            f"On {tier} longer answers did not cost more than short ones, so a token has no price: the measurements "
+            "scatter too much. Calibrate with --no-resume on an idle device, with longer windows or wider --new-range."
+        )
     kept_out = _middles(visits, plan.conformal)
     errors = relative_errors(fitted, kept_out)
     single = Samples.of((n, m, j) for n, m in plan.conformal for j in visits[n, m])
@@ -61,6 +69,9 @@ def fit_tier(tier: str, plan: CellPlan, measured: Sequence[Measured], alpha: flo
         warnings.append(f"the cells cannot tell {fitted.given_up} of the coefficients apart; they are 0")
     if conformal.short:
         warnings.append(f"the margin holds {conformal.level:.0%}, not {1 - alpha:.0%}: {conformal.k} cells kept out")
+    idle_share = _idle_share(measured)
+    if idle_share is not None and idle_share > MOSTLY_IDLE:
+        warnings.append(f"{idle_share:.0%} of the energy is idle power: does the meter see the work of this device?")
     if conformal.q < 0:
         warnings.append(f"every cell kept out cost less than predicted (by {-conformal.q:.1%} or more)")
     if noisy_cells:
@@ -77,7 +88,7 @@ def fit_tier(tier: str, plan: CellPlan, measured: Sequence[Measured], alpha: flo
         conformal=conformal,
         spread=statistics.median(spreads) if spreads else None,
         worst_spread=max(spreads) if spreads else None,
-        idle_share=_idle_share(measured),
+        idle_share=idle_share,
         visits=len(measured),
         disturbed=sum(not quiet(item) for item in measured),
         noisy_cells=noisy_cells,

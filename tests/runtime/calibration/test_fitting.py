@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from eopc_runtime.calibration.fitting import fit_tier, middle, visit_energies
 from eopc_runtime.calibration.journal import Measured
 from eopc_runtime.calibration.plan import CellPlan, Visit, order_visits, plan_cells
 from eopc_runtime.energy_model.forms import Theta
+from eopc_runtime.errors import UsageError
 
 THETA = Theta(0.4, 0.004, 2e-6, 0.35, 6e-6, 5e-6)
 PLAN = plan_cells((32, 512), (32, 512), 14, 19)
@@ -91,6 +92,20 @@ def test_a_short_plan_says_what_its_margin_really_holds() -> None:
     assert (found.form, found.conformal.k, found.conformal.level) == ("phys5", 9, 0.9)
     assert any("the margin holds 90%, not 95%: 9 cells" in warning for warning in found.warnings)
     assert found.spread is None  # one visit cannot differ from itself
+
+
+def test_answers_that_cost_nothing_are_no_fit() -> None:
+    """All cells of one prompt length cost the same, whatever the answer: a token would be free."""
+    with pytest.raises(UsageError, match=r"On t0 longer answers did not cost more.*--no-resume"):
+        fit_tier("t0", PLAN, visits(lambda v: 1.0 + 0.01 * v.cell[0]))
+
+
+def test_a_meter_that_shows_hardly_more_than_idle_power_is_doubted() -> None:
+    """96 % of the joules are idle ones: it may be another device's meter."""
+    items = [replace(m, idle_subtracted_j=(0.04 * m.energy_j[0],)) for m in visits()]
+    found = fit_tier("t0", PLAN, items)
+    assert found.idle_share == pytest.approx(0.96)
+    assert "96% of the energy is idle power" in found.warnings[0]
 
 
 def test_noise_is_covered_by_the_margin_for_about_as_many_as_it_says() -> None:
