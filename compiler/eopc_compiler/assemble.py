@@ -19,11 +19,12 @@ from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import Dialect, EagerOps, rotary_tables
 from eopc_compiler.equalize import equalize_layer
 from eopc_compiler.export import WeightTable, row_count, unit_count
-from eopc_compiler.importance import Observations, Report, capture_inputs, run_layer
+from eopc_compiler.importance import Observations, Report, capture_inputs
 from eopc_compiler.ladder import Mask, UnitOrder, column_cuts, tier_cost
 from eopc_compiler.model import Block, Llama, Projection
 from eopc_compiler.quantize import Quantized, choose_block, gptq, round_to_nearest, static_scale
 from eopc_compiler.rotate import Rotation, rotate_head, rotate_layer
+from eopc_compiler.sequences import run_layer
 from eopc_compiler.weights import ColumnMatrix, Entry, RowMatrix, Stored, WeightReader, WeightWriter
 from eopc_runtime.energy import TierCost
 

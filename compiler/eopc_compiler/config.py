@@ -29,8 +29,8 @@ class LayerDims:
     """The widths of one decoder layer; `source_layer` is its index in the original checkpoint."""
 
     source_layer: int
-    num_key_value_heads: int
-    intermediate_size: int
+    num_key_value_heads: int  # 0: the layer has no attention
+    intermediate_size: int  # 0: the layer has no FFN
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,8 @@ class LlamaConfig:
     tie_word_embeddings: bool
     attention_bias: bool  # q, k and v
     attention_out_bias: bool  # o
-    mlp_bias: bool
+    mlp_bias: bool  # gate and up
+    mlp_out_bias: bool  # down
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     layers: tuple[LayerDims, ...]
@@ -98,7 +99,7 @@ def layer_tensor_shapes(config: LlamaConfig, layer: LayerDims) -> dict[str, tupl
         "self_attn.o_proj": ((hidden, q), config.attention_out_bias),
         "mlp.gate_proj": ((ffn, hidden), config.mlp_bias),
         "mlp.up_proj": ((ffn, hidden), config.mlp_bias),
-        "mlp.down_proj": ((hidden, ffn), config.mlp_bias),
+        "mlp.down_proj": ((hidden, ffn), config.mlp_out_bias),
     }
     prefix = f"model.layers.{layer.source_layer}."
     shapes: dict[str, tuple[int, ...]] = {prefix + "input_layernorm.weight": (hidden,)}
@@ -139,7 +140,8 @@ def normalize_config(raw: Mapping[str, Any]) -> LlamaConfig:
         kv_heads = q_heads  # plain multi-head attention
     else:
         kv_heads = _per_layer({**defaults, **raw}, "num_key_value_heads", depth)
-    groups = {q // kv if q % kv == 0 else 0 for q, kv in zip(q_heads, kv_heads, strict=True)}
+    pairs = [(q, kv) for q, kv in zip(q_heads, kv_heads, strict=True) if q or kv]  # a layer may have no attention
+    groups = {q // kv if kv and q % kv == 0 else 0 for q, kv in pairs}
     if len(groups) != 1 or 0 in groups:
         raise ModelError(
             f"num_attention_heads {_short(q_heads)} must be the same multiple of num_key_value_heads "
@@ -164,6 +166,7 @@ def normalize_config(raw: Mapping[str, Any]) -> LlamaConfig:
         attention_bias=model_type == "qwen2" or (llama and bool(raw.get("attention_bias", False))),
         attention_out_bias=llama and bool(raw.get("attention_bias", False)),
         mlp_bias=llama and bool(raw.get("mlp_bias", False)),
+        mlp_out_bias=llama and bool(raw.get("mlp_bias", False)),
         bos_token_id=_token_ids(raw, "bos_token_id")[0] if _token_ids(raw, "bos_token_id") else None,
         eos_token_ids=_token_ids(raw, "eos_token_id"),
         layers=tuple(LayerDims(i, kv_heads[i], ffn[i]) for i in range(depth)),
@@ -292,13 +295,13 @@ def _positive_float(raw: Mapping[str, Any], key: str, default: float | None = No
 
 
 def _per_layer(raw: Mapping[str, Any], key: str, depth: int) -> list[int]:
-    """One width per layer from a single number or from a list of `depth` numbers."""
+    """One width per layer from a single number, or from a list of `depth` numbers in which 0 means left out."""
     value = raw.get(key)
     if not isinstance(value, list | tuple):
         return [_positive_int(raw, key)] * depth
     if len(value) != depth:
         raise ModelError(f"config.json: {key} lists {len(value)} layers, num_hidden_layers is {depth}; fix one.")
-    return [_positive_int({key: item}, key) for item in value]
+    return [0 if item == 0 and item is not False else _positive_int({key: item}, key) for item in value]
 
 
 def _token_ids(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:

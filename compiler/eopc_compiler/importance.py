@@ -21,7 +21,8 @@ from torch import Tensor
 
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.ladder import Mask, UnitOrder
-from eopc_compiler.model import Block, Llama, Rotary, causal_mask
+from eopc_compiler.model import Llama
+from eopc_compiler.sequences import next_token_losses, run_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,29 +113,12 @@ def loss_under_mask(
             for index, layer in enumerate(model.blocks):
                 if index in kept:
                     x = run_layer(model, layer, x)
-            for row, targets in zip(
-                model.model.norm(x[:, :-1]), tokens[:, 1:], strict=True
-            ):  # one [S, vocab] at a time
-                total += float(F.cross_entropy(model.lm_head(row), targets, reduction="sum"))
+            total += float(next_token_losses(model, x, tokens).sum())
             count += tokens[:, 1:].numel()
     finally:
         for hook in hooks:
             hook.remove()
     return total / count
-
-
-def run_layer(model: Llama, layer: Block, x: Tensor) -> Tensor:
-    """One block over whole sequences x [n, S, hidden], causal, with a throw-away cache."""
-    batch, length, _ = x.shape
-    attention = layer.self_attn
-    shape = (batch, attention.kv_heads, length, attention.head_dim)
-    positions = torch.arange(length)
-    rotary = Rotary(model.get_buffer("cos"), model.get_buffer("sin"), positions[None].expand(batch, -1))
-    mask = causal_mask(positions, length, x.dtype)
-    zero = torch.zeros(batch, dtype=torch.long)
-    with torch.no_grad():
-        out, _, _ = layer(x, rotary, zero, mask, torch.zeros(shape), torch.zeros(shape))
-    return out  # type: ignore[no-any-return]
 
 
 @contextmanager

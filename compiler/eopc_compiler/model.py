@@ -184,9 +184,12 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotary: Rotary, write_index: Tensor, mask: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        attended, key, value = self.self_attn(self.input_layernorm(x), rotary, write_index, mask, key, value)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), key, value
+        if self.self_attn.kv_heads:
+            attended, key, value = self.self_attn(self.input_layernorm(x), rotary, write_index, mask, key, value)
+            x = x + attended
+        if self.mlp.width:
+            x = x + self.mlp(self.post_attention_layernorm(x))
+        return x, key, value
 
 
 class Attention(nn.Module):
@@ -215,6 +218,15 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: Rotary, write_index: Tensor, mask: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, length, _ = x.shape
+        q, k, v, scale = self.project(x, rotary)
+        key = self.ops.write_cache(key, k, write_index)
+        value = self.ops.write_cache(value, v, write_index)
+        out = self.ops.attention(q, key, value, mask, scale)  # [B, q_heads, S, head_dim]
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1)), key, value
+
+    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Queries [B, q_heads, S, head_dim], keys and values [B, kv_heads, S, head_dim], and the scale of scores."""
+        batch, length, _ = x.shape
         if self.qkv_proj is not None:
             qkv, scale = self.qkv_proj(x), 1.0
         else:
@@ -223,10 +235,7 @@ class Attention(nn.Module):
         qk, v = torch.split(heads, [self.q_heads + self.kv_heads, self.kv_heads], 1)
         qk = self.ops.rotary(qk, rotary.cos, rotary.sin, rotary.position_ids)  # queries and keys in one call
         q, k = torch.split(qk, [self.q_heads, self.kv_heads], 1)
-        key = self.ops.write_cache(key, k, write_index)
-        value = self.ops.write_cache(value, v, write_index)
-        out = self.ops.attention(q, key, value, mask, scale)  # [B, q_heads, S, head_dim]
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1)), key, value
+        return q, k, v, scale
 
 
 class FeedForward(nn.Module):
@@ -237,7 +246,7 @@ class FeedForward(nn.Module):
         self.width = dims.intermediate_size
         self.gate_proj = Projection(config.hidden_size, self.width, config.mlp_bias)
         self.up_proj = Projection(config.hidden_size, self.width, config.mlp_bias)
-        self.down_proj = Projection(self.width, config.hidden_size, config.mlp_bias)
+        self.down_proj = Projection(self.width, config.hidden_size, config.mlp_out_bias)
 
     def fuse(self) -> None:
         for projection in (self.gate_proj, self.up_proj, self.down_proj):
