@@ -1,7 +1,7 @@
 """A pruned model as data: what was kept of every layer, and the sliced tensors, really smaller.
 
-Units are cut where they are produced and consumed: a KV group is rows of q, k and v and columns of o; an FFN channel is a
-row of gate and up and a column of down. Removing either leaves the hidden size, the rotary tables and a tied
+Units are cut where they are produced and consumed: a KV group is rows of q, k and v and columns of o; an FFN channel is
+a row of gate and up and a column of down. Removing either leaves the hidden size, the rotary tables and a tied
 embedding alone.
 """
 
