@@ -253,8 +253,12 @@ class FeedForward(nn.Module):
             projection.fuse()
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.hidden(x))  # type: ignore[no-any-return]
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What down_proj reads, [..., width]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(gate * torch.sigmoid(gate) * up)  # type: ignore[no-any-return]
+        return gate * torch.sigmoid(gate) * up  # type: ignore[no-any-return]
 
 
 class RMSNorm(nn.Module):

@@ -41,6 +41,14 @@ class PrunedModel:
         return build_model(self.config, self.tensors, context)
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a pruning method decides: the kept units, and tensors that replace sliced ones (see `slice_model`)."""
+
+    kept: tuple[KeptLayer, ...]
+    changed: dict[str, Tensor]
+
+
 def keep_all(config: LlamaConfig) -> tuple[KeptLayer, ...]:
     """Everything a dense model has."""
     return tuple(

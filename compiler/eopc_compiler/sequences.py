@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,27 +13,44 @@ from eopc_compiler.model import Block, Llama, Rotary
 LOSS_ROWS = 1024  # positions whose logits are held at a time
 
 
-def run_layer(model: Llama, layer: Block, x: Tensor) -> Tensor:
-    """One block over whole sequences x [n, S, hidden], causal, from position 0."""
+Past = tuple[Tensor, Tensor]  # keys and values [n, kv_heads, P, head_dim] of positions 0..P-1
+
+
+def run_layer(model: Llama, layer: Block, x: Tensor, past: Past | None = None) -> Tensor:
+    """One block over whole sequences x [n, S, hidden], causal; behind `past`, or from position 0."""
     attention = layer.self_attn
     if attention.kv_heads:
-        x = x + attention.o_proj(attend(model, layer, layer.input_layernorm(x)))
+        x = x + attention.o_proj(attend(model, layer, layer.input_layernorm(x), past))
     if layer.mlp.width:
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return x
 
 
-def attend(model: Llama, layer: Block, normed: Tensor) -> Tensor:
+def attend(model: Llama, layer: Block, normed: Tensor, past: Past | None = None) -> Tensor:
     """What o_proj of a block reads: attention outputs [n, S, q_heads * head_dim] of normed inputs [n, S, hidden]."""
     batch, length, _ = normed.shape
     attention = layer.self_attn
-    positions = torch.arange(length)[None].expand(batch, -1)
-    rotary = Rotary(model.get_buffer("cos"), model.get_buffer("sin"), positions)
-    q, k, v, scale = attention.project(normed, rotary)
+    start = past[0].shape[2] if past else 0
+    q, k, v, scale = attention.project(normed, _rotary(model, batch, start, length))
+    if past:
+        k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
     group = attention.q_heads // attention.kv_heads
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    visible = torch.ones(length, start + length, dtype=torch.bool).tril(start) if past else None
+    out = F.scaled_dot_product_attention(q, k, v, visible, is_causal=not past, scale=scale)
     return out.transpose(1, 2).reshape(batch, length, -1)
+
+
+def keys_and_values(model: Llama, layer: Block, x: Tensor) -> Past:
+    """What a block puts into the cache for inputs x [n, S, hidden] at positions 0..S-1."""
+    batch, length, _ = x.shape
+    _, k, v, _ = layer.self_attn.project(layer.input_layernorm(x), _rotary(model, batch, 0, length))
+    return k, v
+
+
+def _rotary(model: Llama, batch: int, start: int, length: int) -> Rotary:
+    positions = torch.arange(start, start + length)[None].expand(batch, -1)
+    return Rotary(model.get_buffer("cos"), model.get_buffer("sin"), positions)
 
 
 def run_blocks(model: Llama, tokens: Tensor) -> Tensor:
@@ -51,3 +70,16 @@ def next_token_losses(model: Llama, hidden: Tensor, tokens: Tensor) -> Tensor:
         for i in range(0, len(rows), LOSS_ROWS)
     ]
     return torch.cat(parts).view(tokens.shape[0], -1)
+
+
+def fast_math() -> AbstractContextManager[None]:
+    """Products in bfloat16 where the processor multiplies it natively, sums and the residual stream in fp32.
+
+    For statistics and searches, which bear rounding of 2^-9; never for a figure that is published.
+    """
+    return torch.autocast("cpu", torch.bfloat16, enabled=native_bfloat16())
+
+
+def native_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 faster than fp32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

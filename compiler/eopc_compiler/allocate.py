@@ -1,0 +1,85 @@
+"""Which layer loses how much: the global choice by loss added per cost saved, as pure functions."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+Kind = Literal["kv_groups", "ffn"]
+Curve = tuple[float, ...]  # loss added once 1, 2, ... parcels of units are removed; never falls
+Counts = dict[tuple[int, Kind], int]  # units to remove, by layer and kind
+
+
+def allocate(
+    curves: Mapping[tuple[int, Kind], Curve],
+    parcels: Mapping[str, int],
+    cost: Callable[[Kind], float],
+    goal: float,
+) -> Counts:
+    """Take parcels of units in the order of loss added per cost saved until `goal` is saved, or as near as parcels get.
+
+    Within a layer parcels go in the curve's order, so a dear first parcel hides a cheap second one: the slope that
+    counts is the flattest over the parcels ahead (the lower convex hull of the curve).
+
+    Args:
+        parcels: units that go at a time, by kind.
+        cost: of one unit.
+    """
+    hulls = {key: _hull(curve) for key, curve in curves.items()}
+    heap = [(slopes[0][0] / (cost(key[1]) * parcels[key[1]]), key, 0) for key, slopes in hulls.items() if slopes]
+    heapq.heapify(heap)
+    counts: Counts = dict.fromkeys(curves, 0)
+    saved = 0.0
+    while heap:
+        _, key, segment = heapq.heappop(heap)
+        one = parcels[key[1]] * cost(key[1])
+        _, length = hulls[key][segment]
+        taken = min(length, int((goal - saved) / one + 0.5))  # parcels, to the nearest
+        if taken <= 0:
+            continue  # too large for what is left; a smaller kind may still fit
+        counts[key] += taken * parcels[key[1]]
+        saved += taken * one
+        if taken == length and segment + 1 < len(hulls[key]):
+            heapq.heappush(heap, (hulls[key][segment + 1][0] / one, key, segment + 1))
+    return counts
+
+
+def uniform_counts(
+    left: Mapping[tuple[int, Kind], int], parcels: Mapping[str, int], cost: Callable[[Kind], float], goal: float
+) -> Counts:
+    """The same number of units from every layer, so that about `goal` is saved; KV groups first, where whole ones fit.
+
+    A layer keeps at least one parcel of each kind.
+    """
+    counts: Counts = {}
+    kinds: tuple[Kind, ...] = ("kv_groups", "ffn")
+    total = sum(cost(kind) * n for (_, kind), n in left.items())
+    saved = 0.0
+    for kind in kinds:
+        sizes = {key: n for key, n in left.items() if key[1] == kind}
+        if not sizes:
+            continue
+        least, one = min(sizes.values()), parcels[kind] * cost(kind) * len(sizes)
+        own = sum(cost(kind) * n for n in sizes.values())
+        # each kind its share; what no whole group could save moves on to the FFN
+        share = goal - saved if kind == kinds[-1] else goal * own / total
+        rounded = int(share / one + 0.5) if kind == kinds[-1] else int(share / one)
+        taken = max(0, min(rounded, least // parcels[kind] - 1))
+        counts |= dict.fromkeys(sizes, taken * parcels[kind])
+        saved += taken * one
+    return counts
+
+
+def _hull(curve: Curve) -> list[tuple[float, int]]:
+    """(slope, parcels) of the lower convex hull of a curve through the origin, slopes ascending."""
+    points = [(0, 0.0), *((i + 1, e) for i, e in enumerate(curve))]
+    hull: list[tuple[int, float]] = []
+    for x, y in points:
+        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]) >= (y - hull[-2][1]) * (
+            hull[-1][0] - hull[-2][0]
+        ):
+            hull.pop()
+        hull.append((x, y))
+    return [((b[1] - a[1]) / (b[0] - a[0]), b[0] - a[0]) for a, b in itertools.pairwise(hull)]

@@ -1,0 +1,182 @@
+"""Removing inputs of a linear map so that its output changes least: pure functions on second moments.
+
+A map y = W x + b loses the inputs U. With the mean of what is lost in the bias, the output changes by W_U (x_U - x̄_U);
+with the kept columns re-fitted by least squares, only by what x_K cannot tell of it:
+
+    WIFV  E = Σ_j in U  Var(x_j) ||W_j||²                        arXiv 2601.02674 (from FLAP, arXiv 2312.11983)
+    OBS   E = tr(W_U (P_UU)⁻¹ W_Uᵀ),  P = (Σ + λI)⁻¹             optimal brain surgeon, Hassibi and Stork 1993
+
+`metric` M measures the output change as E[Δyᵀ M Δy]; with the Fisher information of the loss there, half of it is the
+loss added, in nats (second order), and errors of different layers can be compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eopc_compiler.pruned import unit_columns
+
+DAMPING = 0.01  # of the mean variance: ridge towards the weights as they are
+SCALE_FLOOR = 1e-8  # of the largest eigenvalue, so that a metric always has a square root
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """First and second moments of the inputs of a map, and of a target against them, fp64."""
+
+    mean: Tensor  # [in]
+    covariance: Tensor  # [in, in]
+    target_mean: Tensor  # [out]
+    cross: Tensor  # [out, in]: E[(t - t̄)(x - x̄)ᵀ]
+
+    def restricted(self, columns: Tensor) -> Moments:
+        """The moments of some inputs only."""
+        return Moments(
+            self.mean[columns], self.covariance[columns][:, columns], self.target_mean, self.cross[:, columns]
+        )
+
+
+class MomentSums:
+    """Accumulates weighted moments of a mixture of domains over batches.
+
+    Args:
+        inputs, outputs: widths.
+        domains: how many there are; their means are kept apart.
+    """
+
+    def __init__(self, inputs: int, outputs: int, domains: int) -> None:
+        self._square = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self._cross = torch.zeros(outputs, inputs, dtype=torch.float64)
+        self._sum = torch.zeros(domains, inputs, dtype=torch.float64)
+        self._target = torch.zeros(outputs, dtype=torch.float64)
+        self._weight = torch.zeros(domains, dtype=torch.float64)
+
+    def add(self, x: Tensor, target: Tensor, domain: int, weight: float) -> None:
+        """Add rows x [tokens, in] and target [tokens, out] of a domain, each row with `weight`."""
+        x, target = x.float(), target.float()
+        self._square += weight * (x.t() @ x).double()
+        self._cross += weight * (target.t() @ x).double()
+        self._sum[domain] += weight * x.sum(0, dtype=torch.float64)
+        self._target += weight * target.sum(0, dtype=torch.float64)
+        self._weight[domain] += weight * len(x)
+
+    def moments(self, within: bool = False) -> Moments:
+        """Moments of the mixture: its total variance, or with `within` only the mean variance inside the domains.
+
+        V_total = Σ_k α_k V_k + Σ_k α_k (x̄_k - x̄)²; the second term is what the bias of a removed input cannot mend.
+        """
+        total = self._weight.sum()
+        mean, target = self._sum.sum(0) / total, self._target / total
+        covariance = self._square / total - torch.outer(mean, mean)
+        if within:
+            apart = self._sum / self._weight[:, None] - mean
+            covariance = covariance - apart.t() @ (apart * (self._weight / total)[:, None])
+        return Moments(mean, covariance, target, self._cross / total - torch.outer(target, mean))
+
+
+@dataclass(frozen=True, slots=True)
+class Removals:
+    """Units in the order they should go, and the summed error once each is gone."""
+
+    units: tuple[int, ...]
+    errors: tuple[float, ...]
+
+
+def wifv_removals(weight: Tensor, covariance: Tensor, metric: Tensor | None, width: int, count: int) -> Removals:
+    """The `count` units of `width` neighbouring inputs with the smallest fluctuation, kept columns left as they are."""
+    scores = covariance.diagonal() * _scaled(weight, metric).pow(2).sum(0)
+    per_unit = scores.view(-1, width).sum(1)
+    order = torch.argsort(per_unit, stable=True)[:count]
+    return Removals(tuple(order.tolist()), tuple(per_unit[order].cumsum(0).tolist()))
+
+
+def obs_removals(
+    weight: Tensor,
+    covariance: Tensor,
+    metric: Tensor | None,
+    width: int,
+    count: int,
+    at_once: int = 1,
+    damping: float = DAMPING,
+) -> Removals:
+    """The order in which units go when after each the kept columns are re-fitted.
+
+    Args:
+        weight: [out, in].
+        covariance: [in, in] of the inputs.
+        metric: [out, out], or None for the plain squared error.
+        width: neighbouring inputs that make a unit.
+        count: units to remove, at most all but one.
+        at_once: units taken between two updates.
+    """
+    # the sweep is about ranks, so single precision does after the inverse
+    inverse = torch.linalg.inv(damped(covariance, damping)).float()
+    left = _scaled(weight, metric).float()
+    units = weight.shape[1] // width
+    alive = torch.ones(units, dtype=torch.bool)
+    order, errors, total = list[int](), list[float](), 0.0
+    while len(order) < count:
+        scores = _unit_errors(left, inverse, width).masked_fill(~alive, torch.inf)
+        chosen = torch.topk(scores, min(at_once, count - len(order)), largest=False, sorted=True).indices
+        columns = unit_columns(chosen.tolist(), width)
+        rows = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])  # (P_UU)⁻¹ P_U
+        gone = left[:, columns]
+        step = float(torch.einsum("oi,ij,oj->", gone, torch.linalg.inv(inverse[columns][:, columns]), gone))
+        errors += [total + step * (i + 1) / len(chosen) for i in range(len(chosen))]
+        total += step
+        left, inverse = left - gone @ rows, inverse - inverse[:, columns] @ rows
+        order += chosen.tolist()
+        alive[chosen] = False
+    return Removals(tuple(order), tuple(errors))
+
+
+def repair(moments: Moments, weight: Tensor, kept: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """Least squares for the kept inputs: weight [out, kept] and bias [out], fp64, ridge towards `weight`.
+
+    W' = (C_K + λ W_K)(Σ_KK + λI)⁻¹ and b = t̄ - W' x̄_K, with C the cross moments of the target and Σ the covariance.
+    """
+    part = moments.restricted(kept)
+    ridge = damping * part.covariance.diagonal().mean()
+    prior = weight.double()[:, kept]
+    fitted = torch.linalg.solve(damped(part.covariance, damping), (part.cross + ridge * prior).t()).t()
+    return fitted, moments.target_mean - fitted @ part.mean
+
+
+def compensate(moments: Moments, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The kept columns as they are, and the bias that keeps the output's mean: b = t̄ - W_K x̄_K."""
+    part = weight.double()[:, kept]
+    return part, moments.target_mean - part @ moments.mean[kept]
+
+
+def damped(covariance: Tensor, damping: float) -> Tensor:
+    """Σ + λI with λ a share of the mean variance; a matrix of zeros becomes the identity."""
+    ridge = damping * covariance.diagonal().mean()
+    return covariance + (ridge if ridge > 0 else 1.0) * torch.eye(len(covariance), dtype=covariance.dtype)
+
+
+def _scaled(weight: Tensor, metric: Tensor | None) -> Tensor:
+    """M^(1/2) W, so that plain squared norms are norms under the metric."""
+    if metric is None:
+        return weight.double()
+    values, vectors = torch.linalg.eigh(metric)
+    roots = values.clamp_min(float(values[-1]) * SCALE_FLOOR).sqrt()
+    scaled: Tensor = (vectors * roots).t() @ weight.double()
+    return scaled
+
+
+def _unit_errors(left: Tensor, inverse: Tensor, width: int) -> Tensor:
+    """What removing each unit alone would add, [units]."""
+    if width == 1:
+        return left.pow(2).sum(0) / inverse.diagonal().clamp_min(torch.finfo(inverse.dtype).tiny)
+    units = left.shape[1] // width
+    index = torch.arange(units)
+    blocks = inverse.view(units, width, units, width)[index, :, index]  # [units, width, width]
+    # a removed unit's block is zero; the identity keeps it solvable and its columns are zero anyway
+    empty = (blocks.diagonal(dim1=1, dim2=2).sum(1) <= 0)[:, None, None]
+    blocks = torch.where(empty, torch.eye(width, dtype=blocks.dtype), blocks)
+    parts = left.view(-1, units, width).permute(1, 2, 0)  # [units, width, out]
+    errors: Tensor = (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
+    return errors
