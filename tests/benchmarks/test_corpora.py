@@ -101,7 +101,7 @@ def test_unknown_names_and_missing_files_are_said(corpora: ModuleType, tmp_path:
 
 @pytest.mark.skipif(not CORPORA.is_dir(), reason=f"no corpora at {CORPORA}")
 def test_the_public_corpora_fill_calibration_and_evaluation(corpora: ModuleType) -> None:
-    """Counts of documents as the sources say (one of the 974 code tasks is there twice), and 24 windows of 512 bytes for every domain."""
+    """Counts as the sources say (of 974 code tasks one is there twice), and 24 windows of 512 bytes per domain."""
     counts = {d.name: len(d.documents) for d in corpora.read_domains(CORPORA)}
     assert counts == {"wiki": 60, "web": 60, "code": 973, "maths": 2000, "dialogue": 128}
     held = corpora.evaluation_windows(ByteTokenizer(), CORPORA)
