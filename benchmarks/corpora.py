@@ -52,12 +52,16 @@ def calibration_set(
     length: int = 256,
     seed: int = 0,
     split: Split = "calibration",
+    *,
+    allow_fewer: bool = False,
 ) -> CalibrationSet:
     """Windows of `length` tokens, tokens_per_domain // length of each named domain, from one split.
 
-    Raises UsageError where a corpus is too short, so that every domain of a set has as many tokens.
+    Raises UsageError where a corpus is too short (dialogue has some 14,800 tokens for calibration), unless
+    `allow_fewer`: then its windows are fewer, and its weight in the mixture stays the same.
     """
-    return build_calibration(tokenizer, read_domains(folder, names), tokens_per_domain // length, length, seed, split)
+    domains, count = read_domains(folder, names), tokens_per_domain // length
+    return build_calibration(tokenizer, domains, count, length, seed, split, allow_fewer=allow_fewer)
 
 
 def evaluation_windows(

@@ -245,6 +245,17 @@ def test_a_cursor_skips_no_piece_and_repeats_none() -> None:
     assert [piece.pool for piece in drawn] != sorted(piece.pool for piece in drawn)
 
 
+def test_a_pool_of_short_pieces_gets_its_share_of_characters() -> None:
+    """Pieces of 5 and of 100 characters, 100 a draw: both pools give about half of the text, nothing is skipped."""
+    short = Pool("s", tuple(Piece("s", str(i), f"{i:05d}") for i in range(4000)))
+    long = Pool("l", tuple(Piece("l", str(i), "x" * 100) for i in range(400)))
+    drawn = draw([short, long], random.Random(1), chars=100)
+    pieces = [next(drawn) for _ in range(4000)]
+    chars = {name: sum(len(p.text) for p in pieces if p.pool == name) for name in "sl"}
+    assert 0.42 < chars["s"] / sum(chars.values()) < 0.58  # some 360 draws: one standard deviation is 0.026
+    assert [p for p in pieces if p.pool == "s"] == list(short.pieces[: chars["s"] // 5])
+
+
 def test_pools_are_drawn_by_weight() -> None:
     """Three to one, within the spread of a thousand draws; weight 0 is never drawn."""
     drawn = draw([pool("a", 5000, 3.0), pool("b", 5000), pool("c", 9, 0.0)], random.Random(0))
@@ -259,6 +270,7 @@ def test_the_record_names_the_pieces_of_each_window() -> None:
     cut = cut_windows(ByteTokenizer(), pieces, 2, 8)  # with blank lines: 6 + 4 + 10 bytes
     assert [bytes(row).decode() for row in cut.tokens.tolist()] == ["aaaa\n\nbb", "\n\ncccccc"]
     assert [record.documents for record in cut.records] == [("0", "1"), ("1", "2")]
+    assert [record.piece_tokens for record in cut.records] == [(6, 2), (2, 6)]
     assert [record.tokens for record in cut.records] == [8, 8]
     assert [piece.document for piece in cut.pieces] == ["0", "1", "2"]
 

@@ -91,7 +91,8 @@ def test_the_record_says_where_each_window_comes_from() -> None:
     for row, record in zip(drawn.calibration.tokens.tolist(), drawn.record.sequences, strict=True):
         assert record.tokens == 128
         assert set(record.pools) <= {"cluster0", "cluster1"}
-        assert len(record.pools) == len(record.documents)
+        assert len(record.pools) == len(record.documents) == len(record.piece_tokens)
+        assert sum(record.piece_tokens) == record.tokens
         for part in bytes(row).decode().split("\n\n"):
             assert any(part.strip() in texts[document] for document in record.documents)
 
@@ -171,11 +172,12 @@ def test_chunks_are_smaller_for_short_texts_and_short_windows() -> None:
     """Sixty sentences where there is room; else as many as leave a dozen per cluster, or fill a window."""
     sentences = "".join(f"Sentence number {i:04d} is here. " for i in range(6000))  # 30 characters each
     long, wide = CcdsSettings(), 2048
-    assert cut_chunks([sentences], long, wide)[1] == 60
-    assert cut_chunks([sentences[:30_000]], long, wide)[1] == 1000 // 60
-    assert cut_chunks([sentences], long, 128)[1] == 128 * 4 // 30
-    chunks, count = cut_chunks(["One. Two. Three."], long, wide)
-    assert (len(chunks), count) == (3, 1)
+    assert cut_chunks([sentences], long, wide).sentences == 60
+    assert cut_chunks([sentences], long, wide).usual_chars == 60 * 30
+    assert cut_chunks([sentences[:30_000]], long, wide).sentences == 1000 // 60
+    assert cut_chunks([sentences], long, 128).sentences == 128 * 4 // 30
+    short = cut_chunks(["One. Two. Three."], long, wide)
+    assert (len(short.texts), short.sentences) == (3, 1)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +204,7 @@ def test_sentences_end_where_the_published_code_ends_them() -> None:
 
 
 def test_the_model_itself_tells_topics_apart(make_tiny: MakeTiny) -> None:
-    """A random model of bytes, at half depth, separates texts in letters from texts in digits, whatever their length."""
+    """A random model of bytes, at half depth, separates texts of letters from texts of digits, long or short."""
     config, tensors = make_tiny(max_position_embeddings=256)
     embedding = hidden_state_embedding(build_model(config, tensors), ByteTokenizer(), max_tokens=64)
     assert embedding.label == "hidden states after layer 1 of 3, mean of 64 tokens"

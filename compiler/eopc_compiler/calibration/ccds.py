@@ -6,7 +6,8 @@ pools that were found instead of given. Three things differ from the published c
 
 * every cluster has a cursor of its own; there, one position is shared by all, so that chunks are passed over;
 * a window that closes inside a chunk leaves the rest of it to the next window; there, the rest is dropped;
-* chunks end with their document, so that the splits of a domain share nothing.
+* chunks end with their document, so that the splits of a domain share nothing; a cluster once drawn gives chunks until
+  they have the usual size of one, so that a topic of short documents is not rare again in tokens.
 """
 
 from __future__ import annotations
@@ -54,6 +55,15 @@ class CcdsSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class Chunks:
+    """Chunks of all documents; the last of a document may be shorter than `usual_chars`."""
+
+    texts: tuple[tuple[str, str], ...]  # (document's SHA-256, text)
+    sentences: int  # per chunk
+    usual_chars: int
+
+
+@dataclass(frozen=True, slots=True)
 class CcdsRecord:
     """How a draw came about. `sequences` follow the windows; their pools are cluster names."""
 
@@ -97,30 +107,31 @@ def ccds_calibration(
     require_sklearn()
     settings, embedding = settings or CcdsSettings(), embedding or tfidf_embedding(seed)
     documents = dict.fromkeys(document for domain in domains for document in domain.split(split))
-    chunks, sentences = cut_chunks(list(documents), settings, seq_len)
-    labels, notes = cluster(embedding([text for _, text in chunks]), settings.clusters, seed)
-    pools = _pools(chunks, labels, seed)
+    chunks = cut_chunks(list(documents), settings, seq_len)
+    labels, notes = cluster(embedding([text for _, text in chunks.texts]), settings.clusters, seed)
+    pools = _pools(chunks.texts, labels, seed)
     sets, sequences, read = [], list[SequenceRecord](), list[Piece]()
     for name, members, count in _targets(pools, n_seq, settings.per_cluster):
-        cut = cut_windows(tokenizer, draw(members, random.Random(f"draw:{seed}")), count, seq_len)
+        pieces = draw(members, random.Random(f"draw:{seed}"), chunks.usual_chars)
+        cut = cut_windows(tokenizer, pieces, count, seq_len)
         require_windows(cut, name, split, count, seq_len, allow_fewer)
         sets.append((name, cut.tokens))
         sequences += cut.records
         read += cut.pieces
-    if sentences < settings.sentences:
-        notes.append(f"Chunks have {sentences} sentences instead of {settings.sentences}.")
+    if chunks.sentences < settings.sentences:
+        notes.append(f"Chunks have {chunks.sentences} sentences instead of {settings.sentences}.")
     if not settings.per_cluster:
         notes += _read_up(pools, read)
     sizes = tuple((pool.name, len(pool.pieces)) for pool in pools)
-    record = CcdsRecord(embedding.label, sentences, sizes, tuple(sequences), tuple(notes))
+    record = CcdsRecord(embedding.label, chunks.sentences, sizes, tuple(sequences), tuple(notes))
     return CcdsDraw(CalibrationSet(tuple(sets), split, seed), record)
 
 
-def cut_chunks(documents: Sequence[str], settings: CcdsSettings, seq_len: int) -> tuple[list[tuple[str, str]], int]:
-    """Chunks (document's SHA-256, text), and the sentences per chunk.
+def cut_chunks(documents: Sequence[str], settings: CcdsSettings, seq_len: int) -> Chunks:
+    """Cut documents into chunks of consecutive sentences.
 
-    These are lowered where chunks would be longer than a window (published: 60 sentences, somewhat less than 2048
-    tokens), or so few that clusters had under a dozen on average. Raises UsageError below three chunks.
+    The sentences per chunk are lowered where chunks would be longer than a window (published: 60 sentences, somewhat
+    less than 2048 tokens), or so few that clusters had under a dozen on average. Raises UsageError below three chunks.
     """
     cut = [(document_id(document), cut_sentences(document)) for document in documents]
     total = sum(len(sentences) for _, sentences in cut)
@@ -134,7 +145,7 @@ def cut_chunks(documents: Sequence[str], settings: CcdsSettings, seq_len: int) -
             f"The text has {len(chunks)} chunks of sentences; clustered calibration needs at least {MIN_CHUNKS}. "
             "Give a longer text."
         )
-    return chunks, count
+    return Chunks(tuple(chunks), count, count * chars // max(total, 1))
 
 
 def cluster(vectors: Vectors, k: int, seed: int) -> tuple[list[int], list[str]]:

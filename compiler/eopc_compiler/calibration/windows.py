@@ -95,6 +95,7 @@ class SequenceRecord:
 
     pools: tuple[str, ...]
     documents: tuple[str, ...]  # SHA-256
+    piece_tokens: tuple[int, ...]  # of each piece, inside this window
     tokens: int
 
 
@@ -142,16 +143,22 @@ def build_calibration(
     return CalibrationSet(tuple(built), split, seed, tuple(weights))
 
 
-def draw(pools: Sequence[Pool], rng: random.Random) -> Iterator[Piece]:
-    """Pieces of pools drawn at random by weight, each pool from its own cursor; a pool that is read leaves the draw."""
+def draw(pools: Sequence[Pool], rng: random.Random, chars: int = 1) -> Iterator[Piece]:
+    """Pieces of pools drawn at random by weight, each pool from its own cursor; a pool that is read leaves the draw.
+
+    A pool once drawn gives pieces until they have `chars` characters, so that pools of short pieces get their share.
+    """
     rest = [(pool, iter(pool.pieces)) for pool in pools if pool.weight > 0]
     while rest:
         (entry,) = rng.choices(rest, [pool.weight for pool, _ in rest])
-        piece = next(entry[1], None)
-        if piece is None:
-            rest.remove(entry)
-        else:
+        taken = 0
+        while taken < chars:
+            piece = next(entry[1], None)
+            if piece is None:
+                rest.remove(entry)
+                break
             yield piece
+            taken += len(piece.text)
 
 
 def cut_windows(tokenizer: Tokenizer, pieces: Iterable[Piece], count: int, seq_len: int) -> Windows:
@@ -183,8 +190,10 @@ def _records(ends: Sequence[tuple[int, Piece]], count: int, seq_len: int) -> Ite
     starts = [0, *(end for end, _ in ends)]
     for i in range(count):
         first, last = i * seq_len, (i + 1) * seq_len
-        inside = [p for start, (end, p) in zip(starts, ends, strict=False) if end > first and start < last]
-        yield SequenceRecord(tuple(p.pool for p in inside), tuple(p.document for p in inside), seq_len)
+        spans = zip(starts, ends, strict=False)
+        inside = [(min(end, last) - max(start, first), p) for start, (end, p) in spans if end > first and start < last]
+        counts, pieces = zip(*inside, strict=True)
+        yield SequenceRecord(tuple(p.pool for p in pieces), tuple(p.document for p in pieces), counts, seq_len)
 
 
 def _turns(domain: Domain, split: Split, piece_chars: int, seed: int) -> tuple[Piece, ...]:
