@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eopc_compiler.assemble import Storage, load_tier, write_weights
-from eopc_compiler.calibration import CalibrationSet, Split, build_calibration, default_domains, load_calib
+from eopc_compiler.calibration import CalibrationSet, Split, build_calibration, read_mixture
 from eopc_compiler.checkpoint import open_checkpoint
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.cut import cut_weights
@@ -80,7 +80,7 @@ def read_calibration(state: CompileState) -> CompileState:
     """Token windows of every domain, from three splits that share no document."""
     assert state.checkpoint is not None
     args, tokenizer = state.args, state.checkpoint.tokenizer()
-    domains = (*default_domains(), *load_calib(list(args.calib)))
+    domains = read_mixture(args.calib)
 
     def windows(split: Split, count: int) -> CalibrationSet:
         length, seed = args.calibration_length, args.seed

@@ -206,6 +206,7 @@ def manifest(state: CompileState, root: Path, table: EnergyTable) -> Manifest:
         seed=state.args.seed,
         calibration={
             "domains": list(state.calibration.names),
+            "weights": list(state.calibration.weights),
             "windows_per_domain": state.args.calibration_windows,
             "window_tokens": state.args.calibration_length,
             "sha256": state.calibration.fingerprint,

@@ -37,15 +37,15 @@ def numbered(count: int) -> Domain:
     return Domain("numbers", tuple(f"{i}" * 50 for i in range(count)))
 
 
-def test_built_in_domains_are_three_and_repeatable(domains: tuple[Domain, ...]) -> None:
-    """Two calls give the same text, code and arithmetic."""
-    assert [domain.name for domain in domains] == ["text", "code", "arithmetic"]
+def test_built_in_domains_are_four_and_repeatable(domains: tuple[Domain, ...]) -> None:
+    """Two calls give the same text, code, arithmetic and dialogue."""
+    assert [domain.name for domain in domains] == ["text", "code", "arithmetic", "dialogue"]
     assert default_domains() == domains
     assert all(len(domain.documents) >= 30 for domain in domains)
 
 
 def test_splits_share_no_document_within_or_across_domains(domains: tuple[Domain, ...]) -> None:
-    """Nine sets of documents, pairwise disjoint, that cover everything."""
+    """Twelve sets of documents, pairwise disjoint, that cover everything."""
     parts = [set(domain.split(split)) for domain in domains for split in SPLITS]
     assert all(parts)
     assert len(set().union(*parts)) == sum(len(part) for part in parts)
@@ -54,7 +54,7 @@ def test_splits_share_no_document_within_or_across_domains(domains: tuple[Domain
 
 def test_code_parses_like_code_and_text_reads_like_text(domains: tuple[Domain, ...]) -> None:
     """Code has definitions, text mostly has not."""
-    text, code, _ = ("\n".join(domain.documents) for domain in domains)
+    text, code, *_ = ("\n".join(domain.documents) for domain in domains)
     pattern = re.compile(r"(?m)^\s*(def|class|import|return) ")
     assert len(pattern.findall(code)) / len(code) > 5 * len(pattern.findall(text)) / len(text)
 
@@ -74,9 +74,9 @@ def test_every_worked_sum_is_right(domains: tuple[Domain, ...]) -> None:
 def test_windows_have_the_asked_shape_and_repeat_with_the_seed(domains: tuple[Domain, ...]) -> None:
     """[n_seq, seq_len] int64 per domain; the seed alone decides the windows."""
     first = build_calibration(ByteTokenizer(), domains, 4, 64, seed=1)
-    assert first.names == ("text", "code", "arithmetic")
+    assert first.names == ("text", "code", "arithmetic", "dialogue")
     assert all(windows.shape == (4, 64) and windows.dtype == torch.int64 for _, windows in first.domains)
-    assert first.tokens.shape == (12, 64)
+    assert first.tokens.shape == (16, 64)
     assert build_calibration(ByteTokenizer(), domains, 4, 64, seed=1).fingerprint == first.fingerprint
     assert build_calibration(ByteTokenizer(), domains, 4, 64, seed=2).fingerprint != first.fingerprint
 

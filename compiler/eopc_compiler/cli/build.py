@@ -21,7 +21,14 @@ PRECISIONS = ("auto", "fp32", "fp16", "int8", "int4")
 @click.option("--budgets", default="5,10,20J", show_default=True, help="Joules per sequence, one tier each: 5,10,20J.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the bundle. [default: NAME.eopc]")
 @click.option("--workload", default="128:140", show_default=True, help="IN:OUT tokens the budgets refer to.")
-@click.option("--calib", multiple=True, metavar="NAME=FILE", help="More calibration text, .txt or .jsonl; repeatable.")
+@click.option(
+    "--calib",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="More calibration text, repeatable: NAME=FILE[:FIELD][@WEIGHT], a .txt or .jsonl, or NAME=hf:DATASET[:FIELD]"
+    "[@WEIGHT] from the Hugging Face Hub. Text, code, arithmetic and dialogue are built in, each with weight 1; a NAME "
+    "of theirs replaces them.",
+)
 @click.option(
     "--mask", "masks", multiple=True, type=click.Path(path_type=Path), help="Given masks, largest first; repeatable."
 )
