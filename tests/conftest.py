@@ -75,6 +75,7 @@ def tiny_args(checkpoint: Path, output: Path, **changes: Any) -> Any:
         workload=Workload(32, 32),
         precision=("fp32",),
         context=256,
+        search_seconds=0.5,
         calibration_windows=2,
         calibration_length=64,
     )

@@ -8,15 +8,18 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 Kind = Literal["kv_groups", "ffn"]
+KINDS: tuple[Kind, ...] = ("kv_groups", "ffn")  # in the order a layer computes them
+Key = tuple[int, Kind]  # a source layer and a kind of unit
 Curve = tuple[float, ...]  # loss added once 1, 2, ... parcels of units are removed; never falls
-Counts = dict[tuple[int, Kind], int]  # units to remove, by layer and kind
+Counts = dict[Key, int]  # units to remove, by layer and kind
 
 
 def allocate(
-    curves: Mapping[tuple[int, Kind], Curve],
+    curves: Mapping[Key, Curve],
     parcels: Mapping[str, int],
     cost: Callable[[Kind], float],
     goal: float,
+    at_least: bool = False,
 ) -> Counts:
     """Take parcels of units in the order of loss added per cost saved until `goal` is saved, or as near as parcels get.
 
@@ -26,46 +29,47 @@ def allocate(
     Args:
         parcels: units that go at a time, by kind.
         cost: of one unit.
+        at_least: save `goal` or more where the curves reach that far, not the nearest to it.
     """
+    slack = 1.0 - 1e-9 if at_least else 0.5
     hulls = {key: _hull(curve) for key, curve in curves.items()}
-    heap = [(slopes[0][0] / (cost(key[1]) * parcels[key[1]]), key, 0) for key, slopes in hulls.items() if slopes]
+    price = {key: cost(key[1]) * parcels[key[1]] for key in curves}
+    heap = [(slopes[0][0] / price[key], key, 0) for key, slopes in hulls.items() if slopes]
     heapq.heapify(heap)
     counts: Counts = dict.fromkeys(curves, 0)
     saved = 0.0
     while heap:
         _, key, segment = heapq.heappop(heap)
-        one = parcels[key[1]] * cost(key[1])
         _, length = hulls[key][segment]
-        taken = min(length, int((goal - saved) / one + 0.5))  # parcels, to the nearest
+        taken = min(length, int((goal - saved) / price[key] + slack))  # parcels
         if taken <= 0:
             continue  # too large for what is left; a smaller kind may still fit
         counts[key] += taken * parcels[key[1]]
-        saved += taken * one
+        saved += taken * price[key]
         if taken == length and segment + 1 < len(hulls[key]):
-            heapq.heappush(heap, (hulls[key][segment + 1][0] / one, key, segment + 1))
+            heapq.heappush(heap, (hulls[key][segment + 1][0] / price[key], key, segment + 1))
     return counts
 
 
 def uniform_counts(
-    left: Mapping[tuple[int, Kind], int], parcels: Mapping[str, int], cost: Callable[[Kind], float], goal: float
+    left: Mapping[Key, int], parcels: Mapping[str, int], cost: Callable[[Kind], float], goal: float
 ) -> Counts:
     """The same number of units from every layer, so that about `goal` is saved; KV groups first, where whole ones fit.
 
     A layer keeps at least one parcel of each kind.
     """
     counts: Counts = {}
-    kinds: tuple[Kind, ...] = ("kv_groups", "ffn")
     total = sum(cost(kind) * n for (_, kind), n in left.items())
     saved = 0.0
-    for kind in kinds:
+    for kind in KINDS:
         sizes = {key: n for key, n in left.items() if key[1] == kind}
         if not sizes:
             continue
         least, one = min(sizes.values()), parcels[kind] * cost(kind) * len(sizes)
         own = sum(cost(kind) * n for n in sizes.values())
         # each kind its share; what no whole group could save moves on to the FFN
-        share = goal - saved if kind == kinds[-1] else goal * own / total
-        rounded = int(share / one + 0.5) if kind == kinds[-1] else int(share / one)
+        share = goal - saved if kind == KINDS[-1] else goal * own / total
+        rounded = int(share / one + 0.5) if kind == KINDS[-1] else int(share / one)
         taken = max(0, min(rounded, least // parcels[kind] - 1))
         counts |= dict.fromkeys(sizes, taken * parcels[kind])
         saved += taken * one

@@ -31,6 +31,7 @@ class LayerDims:
     source_layer: int
     num_key_value_heads: int  # 0: the layer has no attention
     intermediate_size: int  # 0: the layer has no FFN
+    compensated: bool = False  # down_proj has a bias that makes up for what was removed
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ def layer_tensor_shapes(config: LlamaConfig, layer: LayerDims) -> dict[str, tupl
         "self_attn.o_proj": ((hidden, q), config.attention_out_bias),
         "mlp.gate_proj": ((ffn, hidden), config.mlp_bias),
         "mlp.up_proj": ((ffn, hidden), config.mlp_bias),
-        "mlp.down_proj": ((hidden, ffn), config.mlp_out_bias),
+        "mlp.down_proj": ((hidden, ffn), config.mlp_out_bias or layer.compensated),
     }
     prefix = f"model.layers.{layer.source_layer}."
     shapes: dict[str, tuple[int, ...]] = {prefix + "input_layernorm.weight": (hidden,)}

@@ -33,7 +33,6 @@ from eopc_compiler.dialects import Dialect
 from eopc_compiler.model import Llama
 from eopc_compiler.weights import ColumnMatrix, Entry, Piece, RowMatrix, Stored
 
-WEIGHTS_FILE = "weights.bin"
 DTYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
@@ -57,6 +56,10 @@ class WeightTable:
         dims = layers[int(index)]
         return self.entries[f"model.layers.{dims.source_layer}.{rest}"], dims
 
+    def with_extras(self, extras: WeightTable) -> WeightTable:
+        """The table of one tier: its own entries in place of the shared ones."""
+        return WeightTable({**self.entries, **extras.entries})
+
     def to_json(self) -> dict[str, Any]:
         """Entries by name, each with its kind."""
         return {name: {"kind": type(e).__name__, **asdict(e)} for name, e in self.entries.items()}
@@ -78,7 +81,7 @@ def _entry(fields: dict[str, Any]) -> Entry:
 
 
 def _stored(fields: dict[str, Any]) -> Stored:
-    return Stored(fields["dtype"], tuple(fields["shape"]), fields["offset"], fields["nbytes"])
+    return Stored(**{**fields, "shape": tuple(fields["shape"])})
 
 
 def _stored_or_none(fields: dict[str, Any] | None) -> Stored | None:
@@ -291,7 +294,7 @@ class _Builder:
 
     def constant(self, stored: Stored, name: str) -> ir.Value:
         dtype, shape = DTYPES[stored.dtype], ir.Shape(stored.shape)
-        tensor = ir.ExternalTensor(WEIGHTS_FILE, stored.offset, stored.nbytes, dtype, shape=shape, name=name)
+        tensor = ir.ExternalTensor(stored.file, stored.offset, stored.nbytes, dtype, shape=shape, name=name)
         return self._register(ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=tensor))
 
     def small(self, name: str, array: Any) -> ir.Value:

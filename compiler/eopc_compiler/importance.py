@@ -1,11 +1,11 @@
-"""Ladder v1's importance: activation statistics of the dense model on the calibration text, nothing trained.
+"""What removing would cost, layer by layer, on the whole model: orders of units and curves of loss, nothing trained.
 
-* A unit inside a layer (KV group, FFN channel): S_j = E[x_j²] ‖W_j‖², the energy that input j of o_proj or down_proj
-  puts into the layer's output; a KV group sums over its query heads. It is the WIFV score of FLAP (arXiv 2312.11983)
-  with the second moment in place of the variance, because v1 compensates no mean.
-* A layer: block influence of ShortGPT (arXiv 2403.03853), 1 - cos(input, output), averaged over tokens.
+* Units inside a layer (KV groups, FFN channels) go in the order of OBS with repair (surgery.py) on the moments of the
+  calibration mixture, measured in nats through the Fisher information of the residual stream (sensitivity.py).
+* A layer: block influence of ShortGPT (arXiv 2403.03853), 1 - cos(input, output), averaged over tokens; it only gives
+  the planner's search a place to start from.
 
-A later search replaces the choice made from these numbers (planner.py), not the numbers.
+A decode tier inherits the cache of its prefill tier; on the whole model that changes nothing.
 """
 
 from __future__ import annotations
@@ -19,23 +19,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eopc_compiler.config import LlamaConfig
-from eopc_compiler.ladder import Mask, UnitOrder
-from eopc_compiler.model import Llama
-from eopc_compiler.sequences import next_token_losses, run_layer
+from eopc_compiler.allocate import Curve
+from eopc_compiler.calibration import Batch
+from eopc_compiler.config import LayerDims
+from eopc_compiler.ladder import UnitOrder
+from eopc_compiler.model import Llama, Projection
+from eopc_compiler.sensitivity import output_metrics
+from eopc_compiler.sequences import attend, fast_math, next_token_losses, run_blocks
+from eopc_compiler.surgery import MomentSums, Removals, obs_removals
+
+METRIC_SEQUENCES = 12  # the Fisher information settles long before the covariances do
+
+Report = Callable[[int, int], None]  # done, total
 
 
 @dataclass(frozen=True, slots=True)
-class LayerScores:
-    """Importance of one layer's units, as shares of the layer's output energy, and of the layer itself."""
+class LayerCurves:
+    """The units of one source layer from most to least important, and the nats that removing from the end adds."""
 
-    kv_groups: tuple[float, ...]
-    ffn_channels: tuple[float, ...]
+    dims: LayerDims
+    parcel: int  # FFN channels that go at a time
+    kv_groups: tuple[int, ...]
+    ffn_channels: tuple[int, ...]
+    kv_errors: Curve  # with 1, 2, ... groups removed; at least one stays
+    ffn_errors: Curve  # with 1, 2, ... parcels removed; at least one stays
     influence: float  # 1 - cos(input, output), in 0..2
 
     def order(self) -> UnitOrder:
-        """Units from most to least important; ties keep their original order."""
-        return UnitOrder(_descending(self.kv_groups), _descending(self.ffn_channels))
+        """The one order of units that all tiers share."""
+        return UnitOrder(self.kv_groups, self.ffn_channels)
+
+    def added(self, kept: LayerDims) -> float:
+        """Nats per token that cutting the layer down to `kept` adds, repaired."""
+        return _at(self.kv_errors, self._groups_gone(kept)) + _at(self.ffn_errors, self._parcels_gone(kept))
+
+    def kv_ahead(self, kept: LayerDims) -> Curve:
+        """The curve from `kept` on, in groups."""
+        return _from(self.kv_errors, self._groups_gone(kept))
+
+    def ffn_ahead(self, kept: LayerDims) -> Curve:
+        """The curve from `kept` on, in parcels."""
+        return _from(self.ffn_errors, self._parcels_gone(kept))
+
+    def _groups_gone(self, kept: LayerDims) -> int:
+        return self.dims.num_key_value_heads - kept.num_key_value_heads
+
+    def _parcels_gone(self, kept: LayerDims) -> int:
+        return (self.dims.intermediate_size - kept.intermediate_size) // self.parcel
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,77 +78,96 @@ class InputPeaks:
 
 @dataclass(frozen=True, slots=True)
 class Observations:
-    """What one pass of the calibration text through the dense model tells."""
+    """What the calibration text tells of the dense model."""
 
-    scores: tuple[LayerScores, ...]
+    curves: tuple[LayerCurves, ...]
     peaks: tuple[InputPeaks, ...]
 
 
-Report = Callable[[int, int], None]  # done, total
+@torch.no_grad()
+def observe(
+    model: Llama, batches: Sequence[Batch], parcel: int, seed: int = 0, report: Report | None = None
+) -> Observations:
+    """Order the units of every layer of a checkpoint-form model and price their removal in nats; record input peaks.
 
-
-def observe(model: Llama, batches: Sequence[Tensor], report: Report | None = None) -> Observations:
-    """Score every unit of a checkpoint-form model, and record input peaks, on token batches [n, S]."""
-    scores, peaks = [], []
-    hidden = [model.model.embed_tokens(tokens) for tokens in batches]
-    for index, layer in enumerate(model.blocks):
-        attention, mlp = layer.self_attn, layer.mlp
-        with capture_inputs({"o": attention.o_proj, "down": mlp.down_proj}) as inputs:
-            after = [run_layer(model, layer, x) for x in hidden]
-        cosines = torch.cat([F.cosine_similarity(a, b, dim=-1).flatten() for a, b in zip(hidden, after, strict=True)])
-        heads = _energy(inputs["o"], attention.o_proj.weight)
-        per_group = heads.view(model.config.layers[index].num_key_value_heads, -1).sum(1)
-        channels = _energy(inputs["down"], mlp.down_proj.weight)
-        scores.append(
-            LayerScores(
-                _shares(per_group),
-                _shares(channels),
-                max(0.0, 1.0 - float(cosines.mean())),  # rounding may put a cosine above 1
+    Args:
+        parcel: FFN channels that are removed at a time.
+        report: called with (done, total) steps.
+    """
+    domains, layers = 1 + max(domain for domain, _, _ in batches), len(model.blocks)
+    share = max(1, METRIC_SEQUENCES // len(batches))
+    metrics = output_metrics(model, [tokens[:share] for _, _, tokens in batches], seed)
+    curves, peaks = [], []
+    hidden = [model.model.embed_tokens(tokens) for _, _, tokens in batches]
+    for index, (dims, layer, metric) in enumerate(zip(model.config.layers, model.blocks, metrics, strict=True)):
+        before = hidden
+        with fast_math():
+            inputs = [attend(model, layer, layer.input_layernorm(x)).float() for x in hidden]
+            hidden = [x + layer.self_attn.o_proj(z).float() for x, z in zip(hidden, inputs, strict=True)]
+        groups = dims.num_key_value_heads
+        kv = _removals(layer.self_attn.o_proj, batches, inputs, domains, metric.attention, groups, groups - 1, 1)
+        o_peaks = _peaks(inputs)
+        with fast_math():
+            inputs = [layer.mlp.hidden(layer.post_attention_layernorm(x)).float() for x in hidden]
+            hidden = [x + layer.mlp.down_proj(h).float() for x, h in zip(hidden, inputs, strict=True)]
+        width = dims.intermediate_size
+        ffn = _removals(layer.mlp.down_proj, batches, inputs, domains, metric.ffn, width, width - parcel, parcel)
+        cosines = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(before, hidden, strict=True)]
+        curves.append(
+            LayerCurves(
+                dims,
+                parcel,
+                _order(kv, groups),
+                _order(ffn, width),
+                kv.errors,
+                ffn.errors[parcel - 1 :: parcel],
+                max(0.0, 1.0 - float(torch.stack(cosines).mean())),  # rounding may put a cosine above 1
             )
         )
-        peaks.append(InputPeaks(**{name: _peaks(values) for name, values in inputs.items()}))
-        hidden = after
+        peaks.append(InputPeaks(o_peaks, _peaks(inputs)))
         if report:
-            report(index + 1, len(model.blocks))
-    return Observations(tuple(scores), tuple(peaks))
+            report(index + 1, layers)
+    return Observations(tuple(curves), tuple(peaks))
 
 
-def loss_under_mask(
-    model: Llama, batches: Sequence[Tensor], mask: Mask, orders: Sequence[UnitOrder], config: LlamaConfig
-) -> float:
-    """Mean next-token loss of the dense model with the dropped units silenced: what slicing would compute.
+@torch.no_grad()
+def mean_loss(model: Llama, batches: Sequence[Tensor]) -> float:
+    """Mean next-token loss in nats of a model on token windows [n, S]."""
+    losses = [next_token_losses(model, run_blocks(model, tokens), tokens) for tokens in batches]
+    return float(torch.cat([x.flatten() for x in losses]).mean())
 
-    For choosing only; a shipped tier is really sliced and measured again through the runtime.
-    """
-    total, count = 0.0, 0
-    kept = {d.source_layer: d for d in mask.layers}
-    hooks = []
-    for index, layer in enumerate(model.blocks):
-        if (dims := kept.get(index)) is None:
-            continue
-        order = orders[index]
-        width = config.query_group_size * config.head_dim
-        groups = torch.zeros(len(order.kv_groups), 1)
-        groups[list(order.kv_groups[: dims.num_key_value_heads])] = 1.0
-        channels = torch.zeros(len(order.ffn_channels))
-        channels[list(order.ffn_channels[: dims.intermediate_size])] = 1.0
-        for module, gate in (
-            (layer.self_attn.o_proj, groups.expand(-1, width).flatten()),
-            (layer.mlp.down_proj, channels),
-        ):
-            hooks.append(module.register_forward_pre_hook(lambda _m, args, gate=gate: (args[0] * gate,)))
-    try:
-        for tokens in batches:
-            x = model.model.embed_tokens(tokens)
-            for index, layer in enumerate(model.blocks):
-                if index in kept:
-                    x = run_layer(model, layer, x)
-            total += float(next_token_losses(model, x, tokens).sum())
-            count += tokens[:, 1:].numel()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return total / count
+
+def _removals(
+    output: Projection,
+    batches: Sequence[Batch],
+    inputs: Sequence[Tensor],
+    domains: int,
+    metric: Tensor,
+    units: int,
+    count: int,
+    at_once: int,
+) -> Removals:
+    """The order in which the units that feed a map would go, all but the last ones."""
+    sums = MomentSums(output.weight.shape[1], output.weight.shape[0], domains)
+    for (domain, weight, _), x in zip(batches, inputs, strict=True):
+        rows = x.flatten(0, 1)
+        sums.add(rows, output(rows), domain, weight)
+    covariance = sums.moments().covariance
+    return obs_removals(output.weight, covariance, metric, output.weight.shape[1] // units, count, at_once)
+
+
+def _order(removals: Removals, units: int) -> tuple[int, ...]:
+    """All units from most to least important: what stays, as it was, then what goes, last first."""
+    gone = set(removals.units)
+    return (*(u for u in range(units) if u not in gone), *reversed(removals.units))
+
+
+def _at(curve: Curve, count: int) -> float:
+    return curve[count - 1] if count else 0.0
+
+
+def _from(curve: Curve, count: int) -> Curve:
+    return tuple(e - _at(curve, count) for e in curve[count:])
 
 
 @contextmanager
@@ -137,22 +186,6 @@ def capture_inputs(modules: dict[str, Any]) -> Iterator[dict[str, list[Tensor]]]
             handle.remove()
 
 
-def _energy(inputs: Sequence[Tensor], weight: Tensor) -> Tensor:
-    """E[x_j²] ‖W_:,j‖² per input j of a checkpoint-form matrix [out, in], in fp64."""
-    moment = sum(x.double().pow(2).sum(0) for x in inputs)
-    assert isinstance(moment, Tensor)
-    return moment * weight.double().pow(2).sum(0)
-
-
-def _shares(energy: Tensor) -> tuple[float, ...]:
-    """Energies as shares of their sum; all zero where nothing reaches the output."""
-    return tuple((energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)).tolist())
-
-
 def _peaks(inputs: Sequence[Tensor]) -> Tensor:
     """Largest magnitude per column over all rows."""
-    return torch.stack([x.abs().amax(0) for x in inputs]).amax(0)
-
-
-def _descending(values: Sequence[float]) -> tuple[int, ...]:
-    return tuple(sorted(range(len(values)), key=lambda i: (-values[i], i)))
+    return torch.stack([x.abs().flatten(0, -2).amax(0) for x in inputs]).amax(0)

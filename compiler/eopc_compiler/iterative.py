@@ -22,7 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from eopc_compiler.allocate import Curve, Kind, allocate, uniform_counts
+from eopc_compiler.allocate import KINDS, Counts, Curve, Kind, allocate, uniform_counts
+from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.model import Block, Llama, Projection
 from eopc_compiler.pruned import Choice, KeptLayer, keep_all, unit_columns
@@ -40,7 +41,6 @@ from eopc_compiler.surgery import (
 )
 
 Report = Callable[[str, int, int], None]  # what, done, total
-Batch = tuple[int, float, Tensor]  # domain, weight of a token, token ids [n, S]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,8 @@ class Settings:
     use_metric: bool = True  # Fisher information; else squared error relative to the layer's output
     within: bool = False  # V_within in place of V_total
     uniform: bool = False  # the same count in every layer
+    pull: float = 0.0  # share of the residual stream's error so far that a layer's repair makes up for
+    refit: bool = False  # re-fit every output map, also where nothing is removed
     damping: float = DAMPING
     metric_sequences: int = 12  # the Fisher information needs far fewer than the covariances
     seed: int = 0
@@ -109,7 +111,7 @@ class _Run:
     ) -> None:
         self.settings, self.cost, self.batches, self.report = settings, cost, batches, report
         self.config: LlamaConfig = model.config
-        self.model = working_copy(model)
+        self.dense, self.model = model, working_copy(model)
         self.layers = [_Layer(b, k) for b, k in zip(self.model.blocks, keep_all(model.config), strict=True)]
         self.domains = 1 + max(domain for domain, _, _ in batches)
         self.metrics = self._metrics()
@@ -140,7 +142,7 @@ class _Run:
             kept.append(KeptLayer(layer.source, *(tuple(sorted(layer.left[k])) for k in ("kv_groups", "ffn"))))
         return Choice(tuple(kept), changed)
 
-    def _counts(self, ratio: float, what: str) -> dict[tuple[int, Kind], int]:
+    def _counts(self, ratio: float, what: str) -> Counts:
         """Units to remove now, per layer and kind."""
         left = {(i, k): len(layer.left[k]) for i, layer in enumerate(self.layers) for k in self.settings.kinds}
         removed = self.total - sum(self.cost(kind) * n for (_, kind), n in left.items())
@@ -152,48 +154,53 @@ class _Run:
         return allocate(self.curves, self.units, self.cost, goal)
 
     @torch.no_grad()
-    def _sweep(self, counts: dict[tuple[int, Kind], int], what: str) -> None:
+    def _sweep(self, counts: Counts, what: str) -> None:
         """From the first layer up: cut what `counts` says, and record what going on would cost."""
         hidden = [self.model.model.embed_tokens(tokens) for _, _, tokens in self.batches]
+        dense = list(hidden) if self.settings.pull else []
         for index, layer in enumerate(self.layers):
-            block = layer.block
-            if block.self_attn.kv_heads:
-                inputs = [self._attention_inputs(block, x) for x in hidden]
-                self._operate(index, "kv_groups", inputs, counts)
-                hidden = [self._add(x, layer, "kv_groups", z) for x, z in zip(hidden, inputs, strict=True)]
-            if block.mlp.width:
-                inputs = [self._ffn_inputs(block, x) for x in hidden]
-                self._operate(index, "ffn", inputs, counts)
-                hidden = [self._add(x, layer, "ffn", h) for x, h in zip(hidden, inputs, strict=True)]
+            for kind in KINDS:
+                if not layer.left[kind]:
+                    continue
+                dense = [self._ahead(self.dense, self.dense.blocks[index], kind, x) for x in dense]
+                inputs = [self._inputs(self.model, layer.block, kind, x) for x in hidden]
+                self._operate(index, kind, inputs, hidden, dense, counts)
+                hidden = [self._add(x, layer.output(kind), z) for x, z in zip(hidden, inputs, strict=True)]
             if self.report:
                 self.report(what, index + 1, len(self.layers))
 
-    def _operate(self, index: int, kind: Kind, inputs: list[Tensor], counts: dict[tuple[int, Kind], int]) -> None:
+    def _operate(
+        self, index: int, kind: Kind, inputs: list[Tensor], hidden: list[Tensor], dense: list[Tensor], counts: Counts
+    ) -> None:
         """Remove and repair; `inputs` are narrowed in place to what is kept."""
-        if kind not in self.settings.kinds:
+        refit = self.settings.refit and bool(counts)
+        if kind not in self.settings.kinds and not refit:
             return
         layer = self.layers[index]
         output, count = layer.output(kind), counts.get((index, kind), 0)
-        moments = self._moments(inputs, output)
+        moments = self._moments(inputs, output, hidden, dense)
         units = len(layer.left[kind])
         width = output.weight.shape[1] // units
-        ahead = min(units - self.units[kind], count + self._horizon(units, kind))
-        removals = self._removals(index, kind, output, moments, width, ahead)
-        done = removals.errors[count - 1] if count else 0.0
-        at_once = self.units[kind]
-        self.curves[index, kind] = tuple(e - done for e in removals.errors[count + at_once - 1 :: at_once])
-        if not count:
+        gone = set[int]()
+        if kind in self.settings.kinds:
+            ahead = min(units - self.units[kind], count + self._horizon(units, kind))
+            removals = self._removals(index, kind, output, moments, width, ahead)
+            done = removals.errors[count - 1] if count else 0.0
+            at_once = self.units[kind]
+            self.curves[index, kind] = tuple(e - done for e in removals.errors[count + at_once - 1 :: at_once])
+            gone = set(removals.units[:count])
+        if not gone and not refit:
             return
-        gone = set(removals.units[:count])
         kept = [u for u in range(units) if u not in gone]
         columns = unit_columns(kept, width)
         fit = repair if self.settings.repair else compensate
         fitted = fit(moments, output.weight, columns)
         output.weight, output.bias = (nn.Parameter(t.float(), requires_grad=False) for t in fitted)
-        narrow(self.config, layer.block, kind, kept)
-        layer.left[kind] = [layer.left[kind][u] for u in kept]
         layer.cut.add(kind)
-        inputs[:] = [x[..., columns] for x in inputs]
+        if gone:
+            narrow(self.config, layer.block, kind, kept)
+            layer.left[kind] = [layer.left[kind][u] for u in kept]
+            inputs[:] = [x[..., columns] for x in inputs]
 
     def _horizon(self, units: int, kind: Kind) -> int:
         """How far ahead curves must reach: a layer may lose up to three times the average of a step, and some."""
@@ -214,25 +221,33 @@ class _Run:
         damping = self.settings.damping
         return obs_removals(output.weight, moments.covariance, metric, width, count, at_once, damping)
 
-    def _moments(self, inputs: list[Tensor], output: Projection) -> Moments:
+    def _moments(self, inputs: list[Tensor], output: Projection, hidden: list[Tensor], dense: list[Tensor]) -> Moments:
+        """Moments of a map's inputs against its own output, moved by `pull` towards the dense residual stream."""
         sums = MomentSums(output.weight.shape[1], output.weight.shape[0], self.domains)
-        for (domain, weight, _), x in zip(self.batches, inputs, strict=True):
-            rows = x.flatten(0, 1)
-            sums.add(rows, output(rows), domain, weight)
+        pull = self.settings.pull
+        for i, ((domain, weight, _), x) in enumerate(zip(self.batches, inputs, strict=True)):
+            target = output(x)
+            if pull:
+                target = (1 - pull) * target + pull * (dense[i] - hidden[i])
+            sums.add(x.flatten(0, 1), target.flatten(0, 1), domain, weight)
         return sums.moments(self.settings.within)
 
-    def _attention_inputs(self, block: Block, x: Tensor) -> Tensor:
+    def _inputs(self, model: Llama, block: Block, kind: Kind, x: Tensor) -> Tensor:
+        """What o_proj or down_proj of a block reads."""
         with fast_math():
-            return attend(self.model, block, block.input_layernorm(x)).float()
+            if kind == "kv_groups":
+                return attend(model, block, block.input_layernorm(x)).float()
+            inputs: Tensor = block.mlp.hidden(block.post_attention_layernorm(x))
+        return inputs.float()
 
-    def _ffn_inputs(self, block: Block, x: Tensor) -> Tensor:
-        with fast_math():
-            hidden: Tensor = block.mlp.hidden(block.post_attention_layernorm(x))
-        return hidden.float()
+    def _ahead(self, model: Llama, block: Block, kind: Kind, x: Tensor) -> Tensor:
+        """The residual stream behind one sub-block."""
+        output = block.self_attn.o_proj if kind == "kv_groups" else block.mlp.down_proj
+        return self._add(x, output, self._inputs(model, block, kind, x))
 
-    def _add(self, x: Tensor, layer: _Layer, kind: Kind, inputs: Tensor) -> Tensor:
+    def _add(self, x: Tensor, output: Projection, inputs: Tensor) -> Tensor:
         with fast_math():
-            added: Tensor = layer.output(kind)(inputs)
+            added: Tensor = output(inputs)
         return x + added.float()
 
     def _metrics(self) -> tuple[LayerMetrics, ...]:

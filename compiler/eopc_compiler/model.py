@@ -246,7 +246,7 @@ class FeedForward(nn.Module):
         self.width = dims.intermediate_size
         self.gate_proj = Projection(config.hidden_size, self.width, config.mlp_bias)
         self.up_proj = Projection(config.hidden_size, self.width, config.mlp_bias)
-        self.down_proj = Projection(self.width, config.hidden_size, config.mlp_out_bias)
+        self.down_proj = Projection(self.width, config.hidden_size, config.mlp_out_bias or dims.compensated)
 
     def fuse(self) -> None:
         for projection in (self.gate_proj, self.up_proj, self.down_proj):
@@ -258,7 +258,8 @@ class FeedForward(nn.Module):
     def hidden(self, x: Tensor) -> Tensor:
         """What down_proj reads, [..., width]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return gate * torch.sigmoid(gate) * up  # type: ignore[no-any-return]
+        product: Tensor = gate * torch.sigmoid(gate) * up
+        return product
 
 
 class RMSNorm(nn.Module):

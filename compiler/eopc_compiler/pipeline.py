@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import numpy as np
@@ -21,21 +22,25 @@ from eopc_compiler.checkpoint import open_checkpoint
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.cut import cut_weights
 from eopc_compiler.dialects import DIALECTS
-from eopc_compiler.export import WEIGHTS_FILE, WeightTable, export_tier
-from eopc_compiler.importance import InputPeaks, LayerScores, Observations, loss_under_mask, observe
-from eopc_compiler.ladder import Mask, UnitOrder, full_mask, read_masks, tier_config
+from eopc_compiler.export import WeightTable, export_tier
+from eopc_compiler.extras import EXTRAS_FILE, EXTRAS_SHARE, TierExtras, own_matrices, rounding
+from eopc_compiler.handover import ContinuationLoss, Repaired, repair_tier
+from eopc_compiler.importance import InputPeaks, LayerCurves, Observations, mean_loss, observe
+from eopc_compiler.ladder import Mask, full_mask, read_masks, tier_config
 from eopc_compiler.model import Llama, build_model
-from eopc_compiler.planner import TierPlan, plan_ladder, plan_masks
+from eopc_compiler.planner import Objective, TierPlan, plan_ladder, plan_masks
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_plan
 from eopc_compiler.state import CompileState, PrecisionTrial
-from eopc_compiler.weights import WeightReader
+from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
 from eopc_runtime import __version__
-from eopc_runtime.energy import prior_energy
+from eopc_runtime.energy import prior_energy, prior_table
 from eopc_runtime.errors import DeviceError, UsageError
 from eopc_runtime.memory import release_memory
 
 Pass = Callable[[CompileState], CompileState]
 
+CURVE_ARRAYS = ("kv_groups", "ffn_channels", "kv_errors", "ffn_errors")
+ROUNDING_WINDOWS = 8  # per domain
 FFN_ALIGNMENT = 64  # channels; tensor cores and MatMulNBits blocks want widths in this step
 
 
@@ -99,25 +104,28 @@ def observe_dense(state: CompileState) -> CompileState:
     """One pass of the calibration text through the dense model: unit scores, input peaks, held-out loss."""
     assert state.checkpoint and state.calibration and state.heldout
     assert state.selection is not None
-    tokens, heldout, selection = state.calibration.tokens, state.heldout.domains, state.selection.domains
+    calibration, heldout, selection = state.calibration, state.heldout.domains, state.selection.domains
     inputs = {
         "version": __version__,
         "model": state.checkpoint.fingerprint,
-        "text": state.calibration.fingerprint,
+        "text": calibration.fingerprint,
         "heldout": state.heldout.fingerprint,
         "selection": state.selection.fingerprint,
+        "parcel": state.align,
+        "seed": state.args.seed,
     }
 
     def produce(path: Path) -> None:
         model = dense_model(state)
-        seen = observe(model, batches(tokens), _counter(state, "observing the dense model"))
-        losses = {f"heldout.{n}": v for n, v in domain_losses(state.config, model, heldout).items()}
-        losses |= {f"selection.{n}": v for n, v in domain_losses(state.config, model, selection).items()}
+        report = _counter(state, "observing the dense model")
+        seen = observe(model, calibration.batches(), state.align, state.args.seed, report)
+        losses = {f"heldout.{n}": mean_loss(model, batches(t)) for n, t in heldout}
+        losses |= {f"selection.{n}": mean_loss(model, batches(t)) for n, t in selection}
         save_observations(path, seen, losses)
 
     path = state.cache.get("observe", inputs, ".npz", produce)
     observations, losses = load_observations(path)
-    orders = tuple(s.order() for s in observations.scores)
+    orders = tuple(c.order() for c in observations.curves)
     return replace(state, observations=observations, orders=orders, dense_loss=losses)
 
 
@@ -157,48 +165,44 @@ def choose_precision(state: CompileState) -> CompileState:
 def plan_tiers(state: CompileState) -> CompileState:
     """Decide what every tier keeps, so that its price at the reference workload is within its budget."""
     assert state.storage and state.observations and state.selection and state.checkpoint
-    storage, scores, orders = state.storage, state.observations.scores, state.orders
-    tokens = state.selection.tokens
-    full = full_mask(state.config)
+    storage, full = state.storage, full_mask(state.config)
 
     def price(mask: Mask) -> float:
-        return reference_energy(state, mask, storage)
+        return plan_energy(state, mask, storage)
 
     if state.args.masks:
         orders, masks = read_masks(state.args.masks, state.config, state.align)
         return replace(state, orders=orders, plan=plan_masks(full, masks, state.args.budgets_j, price))
     inputs = {
-        "model": state.checkpoint.fingerprint,
-        "observed": [asdict(s) for s in scores],
-        "text": state.selection.fingerprint,
+        **repair_inputs(state),
+        "observed": [asdict(c) for c in state.observations.curves],
+        "selection": state.selection.fingerprint,
         "budgets": state.args.budgets_j,
         "dense_j": price(full),  # stands for device, workload, precision and dialect
         "halves_j": price(Mask(full.layers[::2])),
-        "align": state.align,
+        "search_seconds": state.args.search_seconds,
+        "seed": state.args.seed,
     }
 
     def produce(path: Path) -> None:
-        model = dense_model(state)
+        assert state.selection and state.observations
+        model = deployed_model(state, storage)
+        selection = ContinuationLoss(model, state.selection.batches(), state.args.prompt_part)
 
-        def loss(mask: Mask) -> float:
-            return loss_under_mask(model, batches(tokens), mask, orders, state.config)
+        def repaired(mask: Mask) -> float:
+            tier, _ = repair(state, model, mask)
+            return mean(selection.of_tier(tier, mask).values())
 
-        tiers = plan_ladder(full, state.args.budgets_j, scores, price, loss, state.align, state.say)
+        def measured(mask: Mask) -> float:
+            return mean(selection.of_mask(mask).values())
+
+        objective = Objective(state.observations.curves, price, measured, repaired, state.align)
+        args = state.args
+        tiers = plan_ladder(full, args.budgets_j, objective, args.search_seconds, args.seed, state.tick)
         path.write_text(json.dumps([asdict(t) for t in tiers]), encoding="utf-8")
 
     path = state.cache.get("plan", inputs, ".json", produce)
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    tiers = [
-        TierPlan(
-            **{
-                **r,
-                "mask": Mask(tuple(LayerDims(**d) for d in r["mask"]["layers"])),
-                "considered": tuple(r["considered"]),
-            }
-        )
-        for r in rows
-    ]
-    return replace(state, plan=tuple(tiers))
+    return replace(state, plan=tuple(TierPlan.from_json(row) for row in json.loads(path.read_text(encoding="utf-8"))))
 
 
 def write_plan_only(state: CompileState) -> CompileState:
@@ -215,12 +219,35 @@ def store_weights(state: CompileState) -> CompileState:
     return replace(state, weights=folder / WEIGHTS_FILE, table=table, bytes_by_type=histogram)
 
 
+def repair_tiers(state: CompileState) -> CompileState:
+    """Fit what every pruned tier has of its own, on the cache it inherits from t0, and write its extras.bin.
+
+    On the weights as they are stored, so that rounding is made up for as well.
+    """
+    assert state.storage and state.table and state.weights
+    storage, weights = state.storage, state.weights
+    extras: list[TierExtras] = [TierExtras.none()]
+    for index, tier in enumerate(state.plan[1:], start=1):
+        name = f"tiers/t{index}/{EXTRAS_FILE}"
+        inputs = {**repair_inputs(state), "mask": asdict(tier.mask), "file": name, "weights": weights.parent.name}
+
+        def produce(path: Path, mask: Mask = tier.mask, name: str = name) -> None:
+            _, repaired = repair(state, deployed_model(state, storage), mask)
+            path.mkdir()
+            TierExtras.write(path, name, repaired, storage)
+
+        state.say(f"repairing t{index} of t1..t{len(state.plan) - 1} on the cache it inherits from t0")
+        extras.append(TierExtras.read(state.cache.get(f"extras-t{index}", inputs, "", produce), name))
+    return replace(state, extras=tuple(extras))
+
+
 def export_graphs(state: CompileState) -> CompileState:
     """Trace and write every tier's graph."""
     assert state.dialect and state.storage and state.table and state.weights
     graphs = []
     for index, tier in enumerate(state.plan):
-        config = tier_config(state.config, tier.mask)
+        extras = state.extras[index]
+        config, table = extras.config(tier_config(state.config, tier.mask)), state.table.with_extras(extras.table)
         inputs = {
             "version": __version__,
             "torch": torch.__version__,
@@ -228,12 +255,13 @@ def export_graphs(state: CompileState) -> CompileState:
             "dialect": state.dialect.name,
             "dtype": state.storage.dtype,
             "weights": state.weights.parent.name,
+            "extras": extras.table.to_json(),
             "context": state.args.context,
         }
 
-        def produce(path: Path, config: object = config) -> None:
-            assert state.dialect and state.storage and state.table
-            export_tier(config, state.dialect, state.table, state.storage.dtype, state.args.context, path)  # type: ignore[arg-type]
+        def produce(path: Path, config: LlamaConfig = config, table: WeightTable = table) -> None:
+            assert state.dialect and state.storage
+            export_tier(config, state.dialect, table, state.storage.dtype, state.args.context, path)
 
         state.say(f"exporting t{index} of t0..t{len(state.plan) - 1} ({state.dialect.name} dialect)")
         graphs.append(state.cache.get(f"graph-t{index}", inputs, ".onnx", produce))
@@ -249,6 +277,7 @@ PASSES: tuple[Pass, ...] = (
     plan_tiers,
     write_plan_only,  # the end of --dry-run
     store_weights,  # before graphs: they point into it
+    repair_tiers,  # after storing: what rounding did is repaired too
     export_graphs,
     stage_bundle,  # before checks: what is checked is the bundle as it ships
     check_and_measure,  # parity gate, then perplexity through the runtime itself
@@ -284,13 +313,49 @@ def reference_energy(state: CompileState, mask: Mask, storage: Storage) -> float
     return energy.sequence_j(work.prompt_tokens, work.new_tokens)
 
 
+def plan_energy(state: CompileState, mask: Mask, storage: Storage) -> float:
+    """Joules of the reference workload for the plan t0>tier: the prompt on the whole model, the answer on the tier."""
+    work = state.args.workload
+    costs = {"t0": storage.cost(state.config, full_mask(state.config)), "t1": storage.cost(state.config, mask)}
+    table = prior_table(state.profile, costs, storage.precision, 0.0)
+    return table.plan_price_j(0, 1, work.prompt_tokens, work.new_tokens)
+
+
+def repair(state: CompileState, model: Llama, mask: Mask) -> tuple[Llama, tuple[Repaired, ...]]:
+    """A tier repaired on the calibration text, within its share of bytes of its own."""
+    assert state.calibration and state.storage and state.observations
+    storage, config = state.storage, state.config
+    limit = None if state.args.independent else EXTRAS_SHARE / max(1, len(state.args.budgets_j))
+    own = own_matrices(config, mask, state.observations.curves, storage, limit)
+    return repair_tier(model, mask, state.calibration.batches(), state.args.prompt_part, own, rounding(storage))
+
+
+def repair_inputs(state: CompileState) -> dict[str, Any]:
+    """What a repair depends on, besides the mask."""
+    assert state.checkpoint and state.calibration
+    return {
+        "version": __version__,
+        "model": state.checkpoint.fingerprint,
+        "text": state.calibration.fingerprint,
+        "storage": asdict(state.storage) if state.storage else None,
+        "independent": state.args.independent,
+        "budgets": len(state.args.budgets_j),
+        "prompt": state.args.prompt_part,
+    }
+
+
+def deployed_model(state: CompileState, storage: Storage) -> Llama:
+    """The whole model as it is stored: deployment form, units sorted, rounded, rotated where quantised; fp32."""
+    folder = stored_weights(state, storage, [full_mask(state.config)])
+    table, _ = read_table(folder)
+    return load_tier(state.config, table, WeightReader(folder / WEIGHTS_FILE), state.args.context)
+
+
 def added_loss(state: CompileState, storage: Storage) -> dict[str, float]:
     """Nats per token that quantising the dense model adds, by domain, on the selection split."""
     assert state.selection is not None
-    folder = stored_weights(state, storage, [full_mask(state.config)])
-    table, _ = read_table(folder)
-    model = load_tier(state.config, table, WeightReader(folder / WEIGHTS_FILE), state.args.context)
-    quantized = domain_losses(state.config, model, state.selection.domains)
+    model = deployed_model(state, storage)
+    quantized = {name: mean_loss(model, batches(tokens)) for name, tokens in state.selection.domains}
     return {name: loss - state.dense_loss[f"selection.{name}"] for name, loss in quantized.items()}
 
 
@@ -318,7 +383,7 @@ def stored_weights(state: CompileState, storage: Storage, masks: list[Mask]) -> 
                 file, read_table(whole)[0], WeightReader(whole / WEIGHTS_FILE), config, masks
             )
         else:
-            tokens, report = batches(calibration.tokens), _counter(state, f"writing {storage.precision} weights")
+            tokens, report = rounding_text(calibration), _counter(state, f"writing {storage.precision} weights")
             args = (config, checkpoint.tensor, state.orders, masks, storage, state.args.context)
             table, histogram = write_weights(file, *args, state.observations, tokens, report)
         content = {"entries": table.to_json(), "bytes": histogram}
@@ -340,12 +405,9 @@ def dense_model(state: CompileState) -> Llama:
     return build_model(state.config, tensors, state.args.context)
 
 
-def domain_losses(config: LlamaConfig, model: Llama, domains: tuple[tuple[str, Tensor], ...]) -> dict[str, float]:
-    """Mean next-token loss of a whole model per domain, nats."""
-    orders = tuple(
-        UnitOrder(tuple(range(d.num_key_value_heads)), tuple(range(d.intermediate_size))) for d in config.layers
-    )
-    return {n: loss_under_mask(model, batches(t), full_mask(config), orders, config) for n, t in domains}
+def rounding_text(calibration: CalibrationSet) -> list[Tensor]:
+    """The windows GPTQ sees: fewer than statistics for pruning need, as its cost grows with every token."""
+    return [batch.tokens for batch in calibration.batches(4, most=ROUNDING_WINDOWS)]
 
 
 def batches(tokens: Tensor, size: int = 4) -> list[Tensor]:
@@ -356,9 +418,12 @@ def batches(tokens: Tensor, size: int = 4) -> list[Tensor]:
 def save_observations(path: Path, seen: Observations, losses: dict[str, float]) -> None:
     """Write observations as plain arrays, no pickle."""
     arrays: dict[str, np.ndarray[Any, Any]] = {}
-    for i, (score, peak) in enumerate(zip(seen.scores, seen.peaks, strict=True)):
-        arrays[f"{i}.kv_groups"], arrays[f"{i}.ffn_channels"] = np.array(score.kv_groups), np.array(score.ffn_channels)
-        arrays[f"{i}.influence"] = np.array(score.influence)
+    for i, (curve, peak) in enumerate(zip(seen.curves, seen.peaks, strict=True)):
+        arrays |= {f"{i}.{name}": np.array(getattr(curve, name)) for name in CURVE_ARRAYS}
+        arrays[f"{i}.dims"] = np.array(
+            [curve.dims.source_layer, curve.dims.num_key_value_heads, curve.dims.intermediate_size]
+        )
+        arrays[f"{i}.scalars"] = np.array([curve.parcel, curve.influence])
         arrays |= {f"{i}.{n}": getattr(peak, n).numpy() for n in ("o", "down")}
     arrays |= {f"loss.{name}": np.array(value) for name, value in losses.items()}
     with path.open("wb") as file:
@@ -369,14 +434,16 @@ def load_observations(path: Path) -> tuple[Observations, dict[str, float]]:
     """Read what `save_observations` wrote."""
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    count = sum(name.endswith(".influence") for name in arrays)
-    scores, peaks = [], []
-    for i in range(count):
-        groups, channels = arrays[f"{i}.kv_groups"].tolist(), arrays[f"{i}.ffn_channels"].tolist()
-        scores.append(LayerScores(tuple(groups), tuple(channels), float(arrays[f"{i}.influence"])))
+    curves, peaks = [], []
+    for i in range(sum(name.endswith(".scalars") for name in arrays)):
+        parcel, influence = arrays[f"{i}.scalars"].tolist()
+        lists = {name: tuple(arrays[f"{i}.{name}"].tolist()) for name in CURVE_ARRAYS}
+        source, groups, width = arrays[f"{i}.dims"].tolist()
+        dims = LayerDims(source, groups, width)
+        curves.append(LayerCurves(dims, int(parcel), **lists, influence=influence))
         peaks.append(InputPeaks(*(torch.from_numpy(arrays[f"{i}.{n}"]) for n in ("o", "down"))))
     losses = {n.removeprefix("loss."): float(v) for n, v in arrays.items() if n.startswith("loss.")}
-    return Observations(tuple(scores), tuple(peaks)), losses
+    return Observations(tuple(curves), tuple(peaks)), losses
 
 
 def _counter(state: CompileState, what: str) -> Callable[[int, int], None]:

@@ -1,74 +1,113 @@
-"""From joule budgets to masks: ladder v1's choice of what each tier keeps.
+"""From joule budgets to masks: what every tier keeps, so that its plan fits and the continuation loses least.
 
-For every budget, from the largest down, a few candidates that *just fit* are built inside the tier above and the one
-with the smallest calibration loss is kept. A candidate drops a number of layers first (lowest block influence) and then
-takes FFN channels, and where asked a KV group per layer, in the order of importance lost per joule saved, until the
-price of the reference workload is within the budget. Prices come from one function; nothing here knows a device.
+For every budget, from the largest down, a search runs over which layers go; the KV groups and FFN channels that still
+have to go follow from the curves of `importance.py` by loss added per joule saved, so every candidate *just fits*. A
+candidate's objective is nats per token: the measured continuation loss with its layers left out, behind the cache that
+the whole model has filled, plus what its curves say of the units cut. Finalists are repaired and measured for real,
+and the heuristic's own best is always among them, so the result is never worse than the start.
+
+Prices come from one function; nothing here knows a device.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Iterator, Sequence
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from eopc_compiler.allocate import Curve, Key, allocate
 from eopc_compiler.config import LayerDims
-from eopc_compiler.importance import LayerScores
+from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
 from eopc_runtime.errors import BudgetError
 from eopc_runtime.units import format_energy
 
 Price = Callable[[Mask], float]  # joules of the reference workload
-Loss = Callable[[Mask], float]
+Loss = Callable[[Mask], float]  # nats per continuation token
 
-LAYER_STEPS = 6  # candidates per tier differ by how many layers they drop
+LAYER_STEPS = 8  # heuristic candidates differ by how many layers they drop
+FINALISTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class TierPlan:
-    """One tier as decided: its mask, its price at the reference workload, its loss on the calibration text."""
+    """One tier as decided: its mask, its price at the reference workload, its loss on the selection text."""
 
     budget_j: float | None
     mask: Mask
     energy_j: float
     loss: float
     note: str
-    considered: tuple[dict[str, float], ...] = ()  # the candidates: layers kept, joules, loss
+    considered: tuple[dict[str, float], ...] = ()  # the finalists: layers kept, joules, predicted and measured loss
+    evaluations: int = 0
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> TierPlan:
+        """Read what `dataclasses.asdict` and JSON made of a plan."""
+        mask = Mask(tuple(LayerDims(**d) for d in row["mask"]["layers"]))
+        return cls(**{**row, "mask": mask, "considered": tuple(row["considered"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """How candidates are judged.
+
+    Args:
+        curves: of every source layer, on the whole model.
+        price: joules of the reference workload under a mask.
+        measured: continuation loss of a mask that only leaves layers out.
+        repaired: continuation loss of any mask once repaired; dear.
+        align: FFN channels go this many at a time.
+    """
+
+    curves: Sequence[LayerCurves]
+    price: Price
+    measured: Loss
+    repaired: Loss
+    align: int
+
+    def predicted(self, mask: Mask) -> float:
+        """Nats per token: layers left out as measured, units cut as the curves say."""
+        full = {i: c.dims for i, c in enumerate(self.curves)}
+        whole = Mask(tuple(full[d.source_layer] for d in mask.layers))
+        return self.measured(whole) + sum(self.curves[d.source_layer].added(d) for d in mask.layers)
 
 
 def plan_ladder(
     full: Mask,
     budgets_j: Sequence[float],
-    scores: Sequence[LayerScores],
-    price: Price,
-    loss: Loss,
-    align: int,
+    objective: Objective,
+    search_seconds: float,
+    seed: int = 0,
     report: Callable[[str], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[TierPlan, ...]:
     """Decide the ladder: t0 dense, then a tier for every budget that the dense model exceeds, each inside the last.
 
     Args:
         budgets_j: joules per sequence at the reference workload, any order.
-        align: FFN widths are multiples of it.
+        search_seconds: of evolution over the heuristic, for all tiers together; finalists are measured after it.
 
     Raises:
         BudgetError: a budget is below what the smallest mask needs; the message names that.
     """
-    dense_j, dense_loss = price(full), loss(full)
+    price = objective.price
+    dense_j = price(full)
     fitting = [b for b in budgets_j if dense_j <= b]
     note = "dense: fits its budget unpruned" if fitting else "dense: above every budget, reference and prefill tier"
-    tiers = [TierPlan(max(fitting, default=None), full, dense_j, dense_loss, note)]
-    smallest = smallest_mask(full, scores, align)
-    floor = price(smallest)
-    for budget in sorted((b for b in budgets_j if dense_j > b), reverse=True):
+    tiers = [TierPlan(max(fitting, default=None), full, dense_j, objective.measured(full), note)]
+    below = sorted((b for b in budgets_j if dense_j > b), reverse=True)
+    floor = price(smallest_mask(full, objective.curves, objective.align))
+    for position, budget in enumerate(below):
         if floor > budget:
             raise BudgetError(
                 f"no tier of this model fits {format_energy(budget)} at the reference workload: the smallest needs "
                 f"{format_energy(floor, round_up=True)}. Raise that budget, or shorten --workload."
             )
-        if report:
-            report(f"fitting {format_energy(budget)}")
-        tiers.append(_best_candidate(tiers[-1].mask, budget, scores, price, loss, align))
+        search = _Search(tiers[-1].mask, budget, objective, random.Random(f"{seed}:{position}"), report)
+        tiers.append(search.run(search_seconds / len(below), clock))
     return tuple(tiers)
 
 
@@ -93,54 +132,128 @@ def plan_masks(full: Mask, masks: Sequence[Mask], budgets_j: Sequence[float], pr
     return tuple(tiers)
 
 
-def _best_candidate(
-    above: Mask, budget_j: float, scores: Sequence[LayerScores], price: Price, loss: Loss, align: int
-) -> TierPlan:
-    tried: list[tuple[float, Mask, float]] = []
-    for start in _layer_candidates(above, scores):
-        mask = shrink_to_budget(start, budget_j, scores, price, align)
-        if mask is not None and all(mask != m for _, m, _ in tried):
-            tried.append((loss(mask), mask, price(mask)))
-    best_loss, best, joules = min(tried, key=lambda t: t[0])
-    rows = tuple({"layers": float(len(m.layers)), "energy_j": j, "loss": value} for value, m, j in tried)
-    return TierPlan(budget_j, best, joules, best_loss, "pruned to its budget", rows)
+class _Search:
+    """One tier's search: (mu + lambda) evolution over the set of layers kept, seeded by the heuristic."""
+
+    PARENTS, CHILDREN = 4, 8
+
+    def __init__(
+        self,
+        above: Mask,
+        budget_j: float,
+        objective: Objective,
+        rng: random.Random,
+        report: Callable[[str], None] | None,
+    ) -> None:
+        self.above, self.budget_j, self.objective = above, budget_j, objective
+        self.rng, self.report = rng, report
+        self.seen: dict[frozenset[int], tuple[float, Mask] | None] = {}
+
+    def run(self, seconds: float, clock: Callable[[], float]) -> TierPlan:
+        end = clock() + seconds
+        heuristic = self._best([self._judge(kept) for kept in self._heuristic()], 1)
+        while clock() < end:
+            children = {self._mutate(kept) for kept in self._parents() for _ in range(self.CHILDREN // self.PARENTS)}
+            fresh = [kept for kept in children if kept not in self.seen]
+            if not fresh and len(self.seen) > 2 ** min(20, len(self.above.layers)) // 2:
+                break  # a tiny model: everything has been tried
+            for kept in fresh:
+                self._judge(kept)
+                if clock() >= end:
+                    break
+            if self.report:
+                best = self._best(list(self.seen.values()), 1)[0]
+                self.report(f"{format_energy(self.budget_j)}: {len(self.seen)} candidates, best {best[0]:.3f} nats")
+        finalists = list(dict.fromkeys(m for _, m in self._best(list(self.seen.values()), FINALISTS) + heuristic))
+        measured = [(self.objective.repaired(m), m) for m in finalists]
+        loss, best_mask = min(measured, key=lambda row: row[0])
+        price, judged = self.objective.price, {m: v for v, m in filter(None, self.seen.values())}
+        rows = tuple(
+            {"layers": float(len(m.layers)), "energy_j": price(m), "predicted_loss": judged[m], "loss": value}
+            for value, m in measured
+        )
+        note = "pruned to its budget"
+        return TierPlan(self.budget_j, best_mask, price(best_mask), loss, note, rows, len(self.seen))
+
+    def _heuristic(self) -> list[frozenset[int]]:
+        """The layers of the tier above, less 0 and then more and more of the least influential, up to two thirds."""
+        return [frozenset(d.source_layer for d in m.layers) for m in layer_steps(self.above, self.objective.curves)]
+
+    def _judge(self, kept: frozenset[int]) -> tuple[float, Mask] | None:
+        """The predicted loss and the mask of a set of layers, shrunk to the budget; None if it cannot fit."""
+        if kept not in self.seen:
+            start = Mask(tuple(d for d in self.above.layers if d.source_layer in kept))
+            objective = self.objective
+            mask = shrink_to_budget(start, self.budget_j, objective.curves, objective.price, objective.align)
+            self.seen[kept] = None if mask is None else (objective.predicted(mask), mask)
+        return self.seen[kept]
+
+    def _best(self, rows: Sequence[tuple[float, Mask] | None], count: int) -> list[tuple[float, Mask]]:
+        return sorted((r for r in rows if r is not None), key=lambda row: row[0])[:count]
+
+    def _parents(self) -> list[frozenset[int]]:
+        best = self._best(list(self.seen.values()), self.PARENTS)
+        return [frozenset(d.source_layer for d in m.layers) for _, m in best]
+
+    def _mutate(self, kept: frozenset[int]) -> frozenset[int]:
+        """Swap, take back or drop one layer or two."""
+        inside, outside = sorted(kept), sorted({d.source_layer for d in self.above.layers} - kept)
+        for _ in range(self.rng.choice((1, 1, 2))):
+            kind = self.rng.choice(("swap", "swap", "drop", "add"))
+            if kind in ("swap", "drop") and len(inside) > 1:
+                outside.append(inside.pop(self.rng.randrange(len(inside))))
+            if kind in ("swap", "add") and outside:
+                inside.append(outside.pop(self.rng.randrange(len(outside) - (kind == "swap" and len(outside) > 1))))
+        return frozenset(inside)
 
 
-def _layer_candidates(above: Mask, scores: Sequence[LayerScores]) -> Iterator[Mask]:
+def layer_steps(above: Mask, curves: Sequence[LayerCurves]) -> list[Mask]:
     """`above` with 0, then more and more of its least influential layers dropped, up to two thirds of them."""
-    weakest = sorted(above.layers, key=lambda d: scores[d.source_layer].influence)
+    weakest = sorted(above.layers, key=lambda d: curves[d.source_layer].influence)
     most = 2 * len(above.layers) // 3
+    masks = []
     for step in range(LAYER_STEPS + 1):
         drop = {d.source_layer for d in weakest[: round(most * step / LAYER_STEPS)]}
-        yield Mask(tuple(d for d in above.layers if d.source_layer not in drop))
+        masks.append(Mask(tuple(d for d in above.layers if d.source_layer not in drop)))
+    return list(dict.fromkeys(masks))
 
 
 def shrink_to_budget(
-    mask: Mask, budget_j: float, scores: Sequence[LayerScores], price: Price, align: int
+    mask: Mask, budget_j: float, curves: Sequence[LayerCurves], price: Price, align: int
 ) -> Mask | None:
-    """Take units of `align` FFN channels, least important per joule first, until the price fits; None if it cannot.
-
-    Every such unit of a layer has the same price, so importance alone orders them; KV groups are taken only once no
-    FFN unit is left to take, because on small models a whole group is a third of a layer's attention.
-    """
-    if price(mask) <= budget_j:
+    """Take KV groups and parcels of FFN channels, least loss per joule first, until it fits; None if it cannot."""
+    excess = price(mask) - budget_j
+    if excess <= 0:
         return mask
-    removals = list(_ffn_removals(mask, scores, align)) + list(_kv_removals(mask, scores))
-    low, high = 0, len(removals)
-    if price(_apply(mask, removals[:high], align)) > budget_j:
-        return None
-    while high - low > 1:  # prices fall with every removal, so the fewest that fit can be bisected
-        middle = (low + high) // 2
-        if price(_apply(mask, removals[:middle], align)) <= budget_j:
-            high = middle
-        else:
-            low = middle
-    return _apply(mask, removals[:high], align)
+    parcels = {"kv_groups": 1, "ffn": align}
+    ahead: dict[Key, Curve] = {}
+    for d in mask.layers:
+        ahead[d.source_layer, "kv_groups"] = curves[d.source_layer].kv_ahead(d)
+        ahead[d.source_layer, "ffn"] = curves[d.source_layer].ffn_ahead(d)
+    unit_j = {kind: price(mask) - price(_less_one(mask, kind, parcels[kind])) for kind in parcels}
+    saving = {kind: joules / parcels[kind] for kind, joules in unit_j.items()}
+    for _ in range(4):  # prices are not quite additive
+        counts = allocate(ahead, parcels, lambda kind: max(saving[kind], 1e-12), excess, at_least=True)
+        smaller = Mask(
+            tuple(
+                replace(
+                    d,
+                    num_key_value_heads=d.num_key_value_heads - counts[d.source_layer, "kv_groups"],
+                    intermediate_size=d.intermediate_size - counts[d.source_layer, "ffn"],
+                )
+                for d in mask.layers
+            )
+        )
+        left = price(smaller) - budget_j
+        if left <= 0:
+            return smaller
+        excess += left + 1e-9
+    return None
 
 
-def smallest_mask(mask: Mask, scores: Sequence[LayerScores], align: int) -> Mask:
-    """The least a tier may be: a third of the layers, one unit of FFN channels and one KV group in each."""
-    *_, fewest = _layer_candidates(mask, scores)
+def smallest_mask(mask: Mask, curves: Sequence[LayerCurves], align: int) -> Mask:
+    """The least a tier may be: a third of the layers, one parcel of FFN channels and one KV group in each."""
+    fewest = layer_steps(mask, curves)[-1]
     return Mask(
         tuple(
             replace(d, num_key_value_heads=1, intermediate_size=min(align, d.intermediate_size)) for d in fewest.layers
@@ -148,41 +261,19 @@ def smallest_mask(mask: Mask, scores: Sequence[LayerScores], align: int) -> Mask
     )
 
 
-def _ffn_removals(mask: Mask, scores: Sequence[LayerScores], align: int) -> Iterator[tuple[str, int]]:
-    """(kind, source layer) of FFN units in the order they are taken: smallest share of its layer's output first."""
-    queue = []
-    for dims in mask.layers:
-        tail = sorted(scores[dims.source_layer].ffn_channels, reverse=True)[: dims.intermediate_size]
-        weight = scores[dims.source_layer].influence  # a unit of a layer that changes little matters little
-        units = [weight * sum(tail[i : i + align]) for i in range(0, len(tail), align)]
-        queue.append((units.pop(), dims.source_layer, units))  # from the least important end
-    heapq.heapify(queue)
-    while queue:
-        _, source, units = heapq.heappop(queue)
-        if units:  # the last unit of a layer stays
-            yield "ffn", source
-            heapq.heappush(queue, (units.pop(), source, units))
+def _less_one(mask: Mask, kind: str, parcel: int) -> Mask:
+    """The mask with one parcel less of its widest layer, to see what that saves."""
+    field = {"kv_groups": "num_key_value_heads", "ffn": "intermediate_size"}[kind]
+    widest = max(mask.layers, key=lambda d: getattr(d, field))
 
-
-def _kv_removals(mask: Mask, scores: Sequence[LayerScores]) -> Iterator[tuple[str, int]]:
-    entries = []
-    for dims in mask.layers:
-        shares = sorted(scores[dims.source_layer].kv_groups, reverse=True)[: dims.num_key_value_heads]
-        entries += [(share * scores[dims.source_layer].influence, dims.source_layer) for share in shares[1:]]
-    for _, source in sorted(entries):
-        yield "kv", source
-
-
-def _apply(mask: Mask, removals: Sequence[tuple[str, int]], align: int) -> Mask:
-    taken: dict[tuple[str, int], int] = {}
-    for removal in removals:
-        taken[removal] = taken.get(removal, 0) + 1
-
-    def cut(dims: LayerDims) -> LayerDims:
-        return replace(
-            dims,
-            num_key_value_heads=dims.num_key_value_heads - taken.get(("kv", dims.source_layer), 0),
-            intermediate_size=dims.intermediate_size - align * taken.get(("ffn", dims.source_layer), 0),
+    def less(d: LayerDims) -> LayerDims:
+        if d != widest:
+            return d
+        groups, width = d.num_key_value_heads, d.intermediate_size
+        return (
+            replace(d, num_key_value_heads=groups - 1)
+            if kind == "kv_groups"
+            else replace(d, intermediate_size=max(0, width - parcel))
         )
 
-    return Mask(tuple(cut(d) for d in mask.layers))
+    return Mask(tuple(less(d) for d in mask.layers))

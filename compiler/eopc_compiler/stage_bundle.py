@@ -18,11 +18,10 @@ from typing import Any, cast
 import torch
 
 from eopc_compiler.assemble import load_tier
-from eopc_compiler.export import WEIGHTS_FILE
 from eopc_compiler.ladder import keep_shares, mask_to_json, parameter_count, tier_config
 from eopc_compiler.parity import PROMPT, STEPS, check_parity
 from eopc_compiler.state import CompileState
-from eopc_compiler.weights import WeightReader
+from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
 from eopc_runtime import __version__
 from eopc_runtime.bundle import (
     Bundle,
@@ -92,6 +91,8 @@ def stage_bundle(state: CompileState) -> CompileState:
         folder = root / "tiers" / f"t{i}"
         folder.mkdir()
         shutil.copy(graph, folder / "model.onnx")
+        for name, path in state.extras[i].files.items():
+            place(path, root / name)
         mask = mask_to_json(f"t{i}", tier.mask, state.orders)
         (folder / "mask.json").write_text(json.dumps(mask), encoding="utf-8")
     table = energy_table(state)
@@ -109,13 +110,14 @@ def check_and_measure(state: CompileState) -> CompileState:
     """
     assert state.staged and state.table and state.weights and state.storage and state.heldout
     bundle = Bundle.open(state.staged, verify=False)
-    reader, infos = WeightReader(state.weights), []
+    reader = WeightReader(state.weights, {name: path for e in state.extras for name, path in e.files.items()})
+    infos = []
     dense_losses = [state.dense_loss[f"heldout.{name}"] for name in state.heldout.names]
     dense = math.exp(sum(dense_losses) / len(dense_losses))
-    for tier, info in zip(state.plan, bundle.manifest.tiers, strict=True):
+    for tier, extras, info in zip(state.plan, state.extras, bundle.manifest.tiers, strict=True):
         state.say(f"checking {info.tier} against PyTorch, {STEPS} cached steps")
-        config = tier_config(state.config, tier.mask)
-        reference = load_tier(config, state.table, reader, state.args.context)
+        config = extras.config(tier_config(state.config, tier.mask))
+        reference = load_tier(config, state.table.with_extras(extras.table), reader, state.args.context)
         tokens = state.heldout.tokens[0, : PROMPT + STEPS].tolist()
         parity = check_parity(bundle, info, reference, tokens, state.storage.dtype)
         del reference

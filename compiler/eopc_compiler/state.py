@@ -14,6 +14,7 @@ from eopc_compiler.checkpoint import Checkpoint
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.dialects import Dialect
 from eopc_compiler.export import WeightTable
+from eopc_compiler.extras import TierExtras
 from eopc_compiler.importance import Observations
 from eopc_compiler.ladder import UnitOrder
 from eopc_compiler.planner import TierPlan
@@ -49,8 +50,15 @@ class BuildArgs:
     dry_run: bool = False
     resume: bool = True
     max_added_loss: float = 0.02  # nats per token that `--precision auto` may spend on the worst domain
-    calibration_windows: int = 8  # per domain
+    search_seconds: float = 40.0
+    independent: bool = False  # every tier may have all its down_proj of its own
+    calibration_windows: int = 16  # per domain
     calibration_length: int = 256  # tokens
+
+    @property
+    def prompt_part(self) -> int:
+        """Tokens of a calibration window that stand for the prompt when a handover is measured or repaired."""
+        return self.calibration_length // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +95,7 @@ class CompileState:
     weights: Path | None = None
     table: WeightTable | None = None
     bytes_by_type: dict[str, int] = field(default_factory=dict)
+    extras: tuple[TierExtras, ...] = ()
     graphs: tuple[Path, ...] = ()
     staged: Path | None = None  # the bundle before it is renamed into place
     tiers: tuple[dict[str, Any], ...] = ()

@@ -8,8 +8,8 @@ it keeps by a Concat of constants, which loaders fold. No byte is stored twice f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -20,21 +20,23 @@ from torch import Tensor
 
 from eopc_compiler.quantize import Quantized, pack_int4
 
+WEIGHTS_FILE = "weights.bin"
 ALIGNMENT = 64  # bytes; a cache line, and what vector loads want
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in weights.bin: dtype is float32, float16, int8 or int4 (two to a byte)."""
+    """A tensor in weights.bin, or in a tier's own file: dtype is float32, float16, int8 or int4 (two to a byte)."""
 
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    file: str = WEIGHTS_FILE  # relative to the bundle's root
 
     def rows(self, count: int) -> Stored:
         """The prefix of `count` rows: the same bytes, fewer."""
-        return Stored(self.dtype, (count, *self.shape[1:]), self.offset, self.nbytes * count // self.shape[0])
+        return replace(self, shape=(count, *self.shape[1:]), nbytes=self.nbytes * count // self.shape[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +82,10 @@ Entry = ColumnMatrix | RowMatrix | Stored
 
 
 class WeightWriter:
-    """Appends tensors to weights.bin, aligned; use as a context manager."""
+    """Appends tensors to weights.bin, or to a tier's own `file`, aligned; use as a context manager."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, file: str = WEIGHTS_FILE) -> None:
+        self._path, self._name = path, file
         self._file: BinaryIO
         self.histogram: dict[str, int] = {}  # bytes by dtype
 
@@ -104,7 +106,7 @@ class WeightWriter:
         raw = data.numpy().tobytes()
         self._file.write(raw)
         self.histogram[dtype] = self.histogram.get(dtype, 0) + len(raw)
-        return Stored(dtype, tuple(tensor.shape), offset, len(raw))
+        return Stored(dtype, tuple(tensor.shape), offset, len(raw), self._name)
 
     def columns(
         self, matrix: Tensor | Quantized, parts: Sequence[tuple[int, int]], bounds: Sequence[int], dtype: str
@@ -146,14 +148,20 @@ class WeightWriter:
 
 
 class WeightReader:
-    """Reads tensors of weights.bin back, dequantised, through a memory map."""
+    """Reads tensors of weights.bin back, dequantised, through a memory map.
 
-    def __init__(self, path: Path) -> None:
-        self._map = np.memmap(path, dtype=np.uint8, mode="r")
+    Args:
+        path: of weights.bin.
+        others: paths of tiers' own files, by the name that entries carry.
+    """
+
+    def __init__(self, path: Path, others: Mapping[str, Path] | None = None) -> None:
+        files = {WEIGHTS_FILE: path, **(others or {})}
+        self._maps = {name: np.memmap(file, dtype=np.uint8, mode="r") for name, file in files.items()}
 
     def stored(self, entry: Stored) -> Tensor:
         """The stored tensor; int4 comes back as int8 codes."""
-        raw = np.array(self._map[entry.offset : entry.offset + entry.nbytes])
+        raw = np.array(self._maps[entry.file][entry.offset : entry.offset + entry.nbytes])
         if entry.dtype == "int4":
             pairs = torch.from_numpy(raw)
             codes = torch.stack([pairs & 15, pairs >> 4], -1).flatten().to(torch.int8)

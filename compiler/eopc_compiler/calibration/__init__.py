@@ -15,9 +15,10 @@ from eopc_compiler.calibration.ccds import CcdsDraw, CcdsRecord, CcdsSettings, c
 from eopc_compiler.calibration.domains import Domain, Split
 from eopc_compiler.calibration.embed import Embedding, hidden_state_embedding, tfidf_embedding
 from eopc_compiler.calibration.user_text import load_calib, read_mixture
-from eopc_compiler.calibration.windows import CalibrationSet, Tokenizer, build_calibration
+from eopc_compiler.calibration.windows import Batch, CalibrationSet, Tokenizer, build_calibration
 
 __all__ = [
+    "Batch",
     "CalibrationSet",
     "CcdsDraw",
     "CcdsRecord",

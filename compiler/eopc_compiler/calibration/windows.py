@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -25,6 +25,14 @@ class Tokenizer(Protocol):
     """Anything that turns text into token ids without adding special tokens."""
 
     def encode(self, text: str) -> list[int]: ...
+
+
+class Batch(NamedTuple):
+    """Some windows of one domain, for statistics of a mixture."""
+
+    domain: int  # its place in the mixture
+    weight: float  # of one token; summed over all tokens of the set, 1
+    tokens: torch.Tensor  # int64 [n, seq_len]
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,11 @@ class CalibrationSet:
     def mixture(self) -> tuple[tuple[str, float, torch.Tensor], ...]:
         """(name, alpha, int64 [n_seq, seq_len]) per domain: what statistics of a mixture are summed over."""
         return tuple((name, w, windows) for (name, windows), w in zip(self.domains, self.weights, strict=True))
+
+    def batches(self, size: int = 8, most: int | None = None) -> list[Batch]:
+        """The windows in batches of one domain each, at most `most` windows of a domain."""
+        rows = [(i, w, windows[:most]) for i, (_, w, windows) in enumerate(self.mixture)]
+        return [Batch(i, w / t.numel(), part) for i, w, t in rows if len(t) for part in torch.split(t, size)]
 
     @property
     def tokens(self) -> torch.Tensor:

@@ -1,0 +1,110 @@
+"""What a tier has of its own, beside the shared weights: biases and a few repaired matrices, in a small file.
+
+Nesting stays what it was: kept units are prefixes, and a cache restricted to them is valid below. A repaired down_proj
+changes none of that, but its bytes are not shared. So a ladder may spend EXTRAS_SHARE of its weight bytes on them, on
+the layers where repair matters most; a bias costs next to nothing and goes to every layer that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eopc_compiler.assemble import Storage
+from eopc_compiler.config import LlamaConfig
+from eopc_compiler.export import WeightTable
+from eopc_compiler.handover import Repaired, Round
+from eopc_compiler.importance import LayerCurves
+from eopc_compiler.ladder import Mask, full_mask
+from eopc_compiler.quantize import Quantized, gptq
+from eopc_compiler.weights import Entry, WeightWriter
+
+EXTRAS_FILE = "extras.bin"
+EXTRAS_SHARE = 0.12  # of the bytes of weights.bin, all tiers together
+
+
+@dataclass(frozen=True, slots=True)
+class TierExtras:
+    """Entries that replace shared ones in one tier, and the file they lie in."""
+
+    path: Path | None
+    name: str  # of the file in the bundle
+    table: WeightTable
+
+    @classmethod
+    def none(cls) -> TierExtras:
+        """A tier that shares everything."""
+        return cls(None, "", WeightTable({}))
+
+    @classmethod
+    def write(cls, folder: Path, name: str, repaired: Sequence[Repaired], storage: Storage) -> None:
+        """Write extras.bin and its table into a folder."""
+        entries = dict[str, Entry]()
+        with WeightWriter(folder / EXTRAS_FILE, name) as writer:
+            for r in repaired:
+                owner = f"model.layers.{r.source_layer}.mlp.down_proj"
+                entries[f"{owner}.bias"] = writer.tensor(r.bias, storage.dtype)
+                if r.weight is not None:
+                    entries[f"{owner}.weight"] = writer.rows(r.weight, storage.dtype)
+        (folder / "table.json").write_text(json.dumps(WeightTable(entries).to_json()), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path, name: str) -> TierExtras:
+        """Read what `write` wrote."""
+        content = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+        return cls(folder / EXTRAS_FILE if content else None, name, WeightTable.from_json(content))
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The file by its name in the bundle; none where nothing is in it."""
+        return {self.name: self.path} if self.path else {}
+
+    def config(self, config: LlamaConfig) -> LlamaConfig:
+        """A tier's config with the biases that the tier has of its own."""
+        biased = {name.split(".")[2] for name in self.table.entries if name.endswith(".bias")}
+        layers = (replace(d, compensated=str(d.source_layer) in biased) for d in config.layers)
+        return replace(config, layers=tuple(layers))
+
+
+def own_matrices(
+    config: LlamaConfig, mask: Mask, curves: Sequence[LayerCurves], storage: Storage, share: float | None
+) -> frozenset[int]:
+    """Source layers that get a down_proj of their own: most loss to repair per byte first.
+
+    A layer in front of a gap makes up for whole layers and comes before all others.
+
+    Args:
+        share: of the bytes of the whole model's weights that a tier may spend; None for no limit.
+    """
+    following = [*(d.source_layer for d in mask.layers[1:]), len(config.layers)]
+    gaps = {d.source_layer for d, after in zip(mask.layers, following, strict=True) if after > d.source_layer + 1}
+    sizes, worth = dict[int, float](), dict[int, tuple[bool, float]]()
+    for d in mask.layers:
+        loss, source = curves[d.source_layer].added(d), d.source_layer
+        sizes[source] = d.intermediate_size * config.hidden_size * storage.bytes_per_weight("mlp.down_proj", source)
+        if loss > 0 or source in gaps:
+            worth[source] = (source in gaps, loss / sizes[source])
+    left = float("inf") if share is None else share * storage.cost(config, full_mask(config)).weight_bytes
+    own = set[int]()
+    for source in sorted(worth, key=lambda s: worth[s], reverse=True):
+        if sizes[source] <= left:
+            own.add(source)
+            left -= sizes[source]
+    return frozenset(own)
+
+
+def rounding(storage: Storage) -> Round:
+    """How a repaired down_proj is stored: as the shared one is, rounded with GPTQ on the tier's own inputs."""
+
+    def round_weight(source: int, weight: Tensor, covariance: Tensor) -> Tensor | Quantized:
+        bits = storage.bits_of("mlp.down_proj", source)
+        if bits is None:
+            return weight.to(getattr(torch, storage.dtype)).float()
+        return gptq(weight, covariance, bits, storage.block_of("mlp.down_proj", source), getattr(torch, storage.dtype))
+
+    return round_weight
