@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from eopc_compiler.allocate import KINDS, Counts, Curve, Kind, allocate, uniform_counts
+from eopc_compiler.allocate import KINDS, Counts, Curve, Key, Kind, allocate, uniform_counts
 from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.model import Block, Llama, Projection
@@ -39,6 +39,8 @@ from eopc_compiler.surgery import (
     repair,
     wifv_removals,
 )
+
+BATCH_WINDOWS = 8  # that are in memory at a time
 
 Report = Callable[[str, int, int], None]  # what, done, total
 
@@ -93,9 +95,25 @@ def prune_iteratively(
         What is kept, and the repaired o_proj and down_proj with their biases, by source layer.
     """
     run = _Run(model, batches, settings, cost, report)
-    for step in range(1, settings.steps + 1):
-        run.step(settings.ratio * step / settings.steps, f"step {step}/{settings.steps}")
+    for step, windows in enumerate(deal(batches, settings.steps), start=1):
+        run.step(windows, settings.ratio * step / settings.steps, f"step {step}/{settings.steps}")
     return run.choice()
+
+
+def deal(batches: Sequence[Batch], steps: int) -> list[list[Batch]]:
+    """The windows dealt to the steps, so that each sees every domain in its share and no window is seen twice.
+
+    A domain with fewer windows than steps is seen whole by every step.
+    """
+    domains = sorted({batch.domain for batch in batches})
+    hands: list[list[Batch]] = [[] for _ in range(steps)]
+    for domain in domains:
+        parts = [batch for batch in batches if batch.domain == domain]
+        windows, share = torch.cat([b.tokens for b in parts]), sum(b.weight * b.tokens.numel() for b in parts)
+        for step, hand in enumerate(hands):
+            mine = windows[step::steps] if len(windows) >= steps else windows
+            hand += [Batch(domain, share / mine.numel(), part) for part in torch.split(mine, BATCH_WINDOWS)]
+    return hands
 
 
 class _Run:
@@ -116,11 +134,13 @@ class _Run:
         self.domains = 1 + max(domain for domain, _, _ in batches)
         self.metrics = self._metrics()
         self.units = {"kv_groups": 1, "ffn": settings.align}  # units that go at a time
-        self.curves: dict[tuple[int, Kind], Curve] = {}
+        self.curves: dict[Key, Curve] = {}
+        self.sums: dict[Key, MomentSums] = {}
         self.total = sum(cost(kind) * len(layer.left[kind]) for layer in self.layers for kind in settings.kinds)
 
-    def step(self, ratio: float, what: str) -> None:
-        """Bring the removed cost to `ratio` of the total, and learn the curves from there on."""
+    def step(self, windows: Sequence[Batch], ratio: float, what: str) -> None:
+        """Bring the removed cost to `ratio` of the total on these windows, and learn the curves from there on."""
+        self.batches = windows
         counts = self._counts(ratio, what)
         self._sweep(counts, what)
 
@@ -151,6 +171,7 @@ class _Run:
             return uniform_counts(left, self.units, self.cost, goal)
         if not self.curves:
             self._sweep({}, f"{what}, looking")
+            self.sums.clear()  # the same windows come again
         return allocate(self.curves, self.units, self.cost, goal)
 
     @torch.no_grad()
@@ -178,7 +199,7 @@ class _Run:
             return
         layer = self.layers[index]
         output, count = layer.output(kind), counts.get((index, kind), 0)
-        moments = self._moments(inputs, output, hidden, dense)
+        moments = self._moments((index, kind), inputs, output, hidden, dense)
         units = len(layer.left[kind])
         width = output.weight.shape[1] // units
         gone = set[int]()
@@ -201,6 +222,8 @@ class _Run:
             narrow(self.config, layer.block, kind, kept)
             layer.left[kind] = [layer.left[kind][u] for u in kept]
             inputs[:] = [x[..., columns] for x in inputs]
+            if (index, kind) in self.sums:
+                self.sums[index, kind].restrict(columns)
 
     def _horizon(self, units: int, kind: Kind) -> int:
         """How far ahead curves must reach: a layer may lose up to three times the average of a step, and some."""
@@ -221,16 +244,33 @@ class _Run:
         damping = self.settings.damping
         return obs_removals(output.weight, moments.covariance, metric, width, count, at_once, damping)
 
-    def _moments(self, inputs: list[Tensor], output: Projection, hidden: list[Tensor], dense: list[Tensor]) -> Moments:
-        """Moments of a map's inputs against its own output, moved by `pull` towards the dense residual stream."""
-        sums = MomentSums(output.weight.shape[1], output.weight.shape[0], self.domains)
-        pull = self.settings.pull
+    def _moments(
+        self, key: Key, inputs: list[Tensor], output: Projection, hidden: list[Tensor], dense: list[Tensor]
+    ) -> Moments:
+        """Moments of a map's inputs, of this step and all before it, against its own output.
+
+        The output is moved by `pull` times the error of the residual stream, which only this step can tell.
+        """
+        width, pull = output.weight.shape[1], self.settings.pull
+        sums = MomentSums(width, 0, self.domains)
+        errors = MomentSums(width, output.weight.shape[0] if pull else 0, self.domains)
         for i, ((domain, weight, _), x) in enumerate(zip(self.batches, inputs, strict=True)):
-            target = output(x)
+            rows = x.flatten(0, 1)
+            sums.add(rows, rows[:, :0], domain, weight)
             if pull:
-                target = (1 - pull) * target + pull * (dense[i] - hidden[i])
-            sums.add(x.flatten(0, 1), target.flatten(0, 1), domain, weight)
-        return sums.moments(self.settings.within)
+                errors.add(rows, pull * (dense[i] - hidden[i] - output(x)).flatten(0, 1), domain, weight)
+        if earlier := self.sums.get(key):
+            sums.merge(earlier)
+        if self.settings.steps > 1:
+            self.sums[key] = sums
+        seen, matrix = sums.moments(self.settings.within), output.weight.double()
+        mean, cross = matrix @ seen.mean, matrix @ seen.covariance
+        if output.bias is not None:
+            mean = mean + output.bias.double()
+        if pull:
+            apart = errors.moments()
+            mean, cross = mean + apart.target_mean, cross + apart.cross
+        return Moments(seen.mean, seen.covariance, mean, cross)
 
     def _inputs(self, model: Llama, block: Block, kind: Kind, x: Tensor) -> Tensor:
         """What o_proj or down_proj of a block reads."""

@@ -43,7 +43,7 @@ class MomentSums:
     """Accumulates weighted moments of a mixture of domains over batches.
 
     Args:
-        inputs, outputs: widths.
+        inputs, outputs: widths; 0 outputs where no target is wanted.
         domains: how many there are; their means are kept apart.
     """
 
@@ -62,6 +62,20 @@ class MomentSums:
         self._sum[domain] += weight * x.sum(0, dtype=torch.float64)
         self._target += weight * target.sum(0, dtype=torch.float64)
         self._weight[domain] += weight * len(x)
+
+    def merge(self, earlier: MomentSums) -> None:
+        """Add the sums of earlier batches; their targets only where this one has targets."""
+        self._square += earlier._square
+        self._sum += earlier._sum
+        self._weight += earlier._weight
+        if len(self._target):
+            self._cross += earlier._cross
+            self._target += earlier._target
+
+    def restrict(self, columns: Tensor) -> None:
+        """Forget all inputs but these."""
+        self._square = self._square[columns][:, columns]
+        self._cross, self._sum = self._cross[:, columns], self._sum[:, columns]
 
     def moments(self, within: bool = False) -> Moments:
         """Moments of the mixture: its total variance, or with `within` only the mean variance inside the domains.

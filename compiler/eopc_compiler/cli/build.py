@@ -36,7 +36,17 @@ PRECISIONS = ("auto", "fp32", "fp16", "int8", "int4")
 @click.option("--max-added-loss", default=0.02, show_default=True, help="Nats per token a precision may add.")
 @click.option("--dialect", type=click.Choice(["primitive", "native"]), help="ONNX dialect. [default: the device's]")
 @click.option("--context", default=2048, show_default=True, help="Largest prompt plus answer, tokens.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the calibration draw.")
+@click.option(
+    "--search-seconds",
+    default=40.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Seconds to search for better tiers than the heuristic's, all tiers together.",
+)
+@click.option(
+    "--independent", is_flag=True, help="Repaired matrices of every tier's own, without the limit on shared bytes."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the calibration draw and of the search.")
 @click.option("--dry-run", is_flag=True, help="Decide only: write plan.json to the output folder.")
 @click.option("--no-resume", is_flag=True, help="Start over instead of reusing finished stages.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -52,6 +62,8 @@ def build(
     max_added_loss: float,
     dialect: str | None,
     context: int,
+    search_seconds: float,
+    independent: bool,
     seed: int,
     dry_run: bool,
     no_resume: bool,
@@ -77,6 +89,8 @@ def build(
         precision=precisions,
         dialect=dialect,
         context=context,
+        search_seconds=search_seconds,
+        independent=independent,
         seed=seed,
         dry_run=dry_run,
         resume=not no_resume,
