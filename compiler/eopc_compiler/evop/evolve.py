@@ -139,8 +139,8 @@ def forecast(space: Space, losses: dict[Pattern, float], patterns: Sequence[Patt
     """Forecast scores, smaller is better, by kernel ridge regression on the losses so far.
 
     The kernel (1 + a·S·b / K)², with a and b the patterns' bits, has as its features every unit and every pair of
-    units; S lets neighbouring layers speak for each other. It is fitted to log(loss - best), standardised, because only the
-    order among good patterns matters, and bad losses would drown it.
+    units; S lets neighbouring layers speak for each other. It is fitted to log(loss - best), standardised, because only
+    the order among good patterns matters, and bad losses would drown it.
     """
     known = list(losses)
     values = np.array([losses[p] for p in known])
@@ -159,7 +159,10 @@ def forecast(space: Space, losses: dict[Pattern, float], patterns: Sequence[Patt
 
 def _bits(space: Space, patterns: Sequence[Pattern]) -> Floats:
     """One row per pattern, one column per unit of the model [n, units]."""
-    return np.array([[float(bit) for bit in pattern.bits] for pattern in patterns])
+    bits = np.zeros((len(patterns), space.layers * (1 + space.sub_blocks)))
+    for row, pattern in zip(bits, patterns, strict=True):
+        row[list(pattern.removed)] = 1.0
+    return bits
 
 
 def _similarity(space: Space) -> Floats:

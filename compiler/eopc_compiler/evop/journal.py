@@ -71,7 +71,7 @@ def _entry(path: Path, number: int, line: str) -> tuple[str, str, float]:
         return str(record["key"]), str(record["bits"]), loss
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"Line {number} of {path} is not one of a search journal. Name another file, or remove this one to start anew."
+            f"Line {number} of {path} is not one of a search journal. Name another file, or remove this one."
         ) from error
 
 

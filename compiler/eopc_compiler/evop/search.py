@@ -77,7 +77,7 @@ def search_pattern(
             SEARCHERS[method](tally, random.Random(seed))
     if tally.best is None:
         raise UsageError(
-            f"{evaluations} evaluations end before {method} reaches a pattern of {remove} removed. Allow more evaluations."
+            f"{evaluations} evaluations end before {method} reaches a pattern of {remove} removed. Allow more."
         )
     return SearchResult(
         tally.best,
