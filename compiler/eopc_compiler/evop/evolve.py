@@ -49,7 +49,7 @@ def evolve(tally: Tally, rng: random.Random, settings: EvolveSettings | None = N
     final: dict[Pattern, float] = {}  # losses on all tokens: what the elite is chosen by
     children = _founders(tally.space, s.founders, weights, rng)
     stale, best = 0, math.inf
-    while children:
+    while children := children[: tally.left]:  # the last ones, too, shall reach the last stage
         _race(tally, children, s, first, final)
         stale, best = (0, tally.best_loss) if tally.best_loss < best else (stale + 1, best)
         elite = sorted(final, key=lambda p: (final[p], p))[: s.elite]
