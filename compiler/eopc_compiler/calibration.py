@@ -152,15 +152,7 @@ def load_calib(specs: Sequence[str]) -> tuple[Domain, ...]:
     whatever is wrong.
     """
     domains: list[Domain] = []
-    for spec in specs:
-        name, equals, target = spec.partition("=")
-        if not equals or not target or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise UsageError(
-                f"Calibration text {spec!r} is not of the form NAME=FILE (NAME: letters, digits, - and _). "
-                "Example: --calib manual=notes.txt"
-            )
-        if name in {domain.name for domain in domains}:
-            raise UsageError(f"Calibration domain {name!r} is given twice; use another name for one of them.")
+    for name, target in _named_files(specs, "Calibration text", "--calib manual=notes.txt").items():
         path, field = _split_field(target)
         text = _read_text(path)
         documents = _json_lines(path, text, field) if field is not None else _cut_documents(text)
@@ -172,6 +164,27 @@ def load_calib(specs: Sequence[str]) -> tuple[Domain, ...]:
             )
         domains.append(Domain(name, unique))
     return tuple(domains)
+
+
+def load_texts(specs: Sequence[str]) -> dict[str, str]:
+    """Read whole texts to measure on, given as NAME=FILE: UTF-8, as they are; UsageError for whatever is wrong."""
+    named = _named_files(specs, "Text", "--text book=book.txt")
+    return {name: _read_text(Path(target).expanduser(), "Text") for name, target in named.items()}
+
+
+def _named_files(specs: Sequence[str], what: str, example: str) -> dict[str, str]:
+    """NAME=FILE taken apart, every name once."""
+    named: dict[str, str] = {}
+    for spec in specs:
+        name, equals, target = spec.partition("=")
+        if not equals or not target or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise UsageError(
+                f"{what} {spec!r} is not of the form NAME=FILE (NAME: letters, digits, - and _). Example: {example}"
+            )
+        if name in named:
+            raise UsageError(f"{what} {name!r} is given twice; use another name for one of them.")
+        named[name] = target
+    return named
 
 
 def _shuffled_pieces(domain: Domain, split: Split, piece_chars: int, seed: int) -> list[str]:
@@ -223,11 +236,11 @@ def _split_field(target: str) -> tuple[Path, str | None]:
     return path, "text" if path.suffix.lower() in (".jsonl", ".ndjson") else None
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, what: str = "Calibration text") -> str:
     """The file as text, or UsageError saying what is wrong with it."""
     if not path.is_file():
         kind = "is a folder, not a file" if path.is_dir() else "is no plain file" if path.exists() else "does not exist"
-        raise UsageError(f"Calibration text {path} {kind}. Give a UTF-8 text or .jsonl file.")
+        raise UsageError(f"{what} {path} {kind}. Give a UTF-8 text or .jsonl file.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -237,7 +250,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
     if not text.strip():
-        raise UsageError(f"Calibration text {path} is empty. Give a file with text in it.")
+        raise UsageError(f"{what} {path} is empty. Give a file with text in it.")
     return text
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from eopc_compiler.assemble import deployment_layer
 from eopc_compiler.config import LlamaConfig
-from eopc_compiler.sequences import run_layer
 from eopc_compiler.ladder import UnitOrder
 from eopc_compiler.model import build_model
 from eopc_compiler.rotate import Rotation, rotate_head, rotate_layer
+from eopc_compiler.sequences import run_layer
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
 
