@@ -37,7 +37,7 @@ from eopc_compiler.calibration import CalibrationSet
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.importance import capture_inputs
 from eopc_compiler.model import Block, Llama, Projection
-from eopc_compiler.pruned import KeptLayer, unit_columns
+from eopc_compiler.pruned import KeptLayer, keep_all, unit_columns
 from eopc_compiler.sequences import run_layer
 from eopc_runtime.errors import UsageError
 
@@ -103,27 +103,36 @@ def flap(model: Llama, calibration: CalibrationSet, request: PruneRequest) -> Ch
 
 
 def whole_layers(search: str) -> Method:
-    """A method that removes round(ratio x layers) whole layers, named as in `eopc_compiler.evop.baselines`."""
+    """A method that removes whole layers, named as in `eopc_compiler.evop.baselines`.
+
+    The search is called as (model, calibration, count, request) and returns the source indices of `count` layers.
+    """
 
     def choose(model: Llama, calibration: CalibrationSet, request: PruneRequest) -> Choice:
-        layers = model.config.layers
-        count = round(request.ratio * len(layers))
-        if request.ratio and not 0 < count < len(layers):
-            raise UsageError(
-                f"--ratio {request.ratio:g} of {len(layers)} layers rounds to {count}, and between 1 and "
-                f"{len(layers) - 1} can go. Choose another --ratio."
-            )
+        count = layers_to_remove(model.config, request)
         baselines = importlib.import_module("eopc_compiler.evop.baselines")  # late: only these methods need a search
-        removed = set(getattr(baselines, search)(model, calibration, count, request) if count else ())
-        return Choice(
-            tuple(
-                KeptLayer(i, tuple(range(d.num_key_value_heads)), tuple(range(d.intermediate_size)))
-                for i, d in enumerate(layers)
-                if i not in removed
-            )
-        )
+        removed = set(getattr(baselines, search)(model, calibration, count, request)) if count else set()
+        return Choice(tuple(k for k in keep_all(model.config) if k.source_layer not in removed))
 
     return choose
+
+
+def layers_to_remove(config: LlamaConfig, request: PruneRequest) -> int:
+    """round(ratio x layers).
+
+    Raises:
+        UsageError: that is none although the ratio is not 0, or all; or FFN channels alone were asked for.
+    """
+    layers = len(config.layers)
+    count = round(request.ratio * layers)
+    if request.units != "all":
+        raise UsageError("a method that removes whole layers takes attention and FFN alike. Leave --units out.")
+    if request.ratio and not 0 < count < layers:
+        raise UsageError(
+            f"--ratio {request.ratio:g} of {layers} layers rounds to {count}, and between 1 and {layers - 1} can go. "
+            f"Choose another --ratio."
+        )
+    return count
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,11 +22,13 @@ from eopc_compiler.allocate import (
     PruneRequest,
     Say,
     Units,
+    budget,
     check_align,
     choice_share,
     default_align,
+    even_counts,
 )
-from eopc_compiler.baselines import Method, flap, magnitude, random_units, wanda_sp, whole_layers
+from eopc_compiler.baselines import Method, flap, layers_to_remove, magnitude, random_units, wanda_sp, whole_layers
 from eopc_compiler.cache import PARTIAL, StageCache
 from eopc_compiler.calibration import CalibrationSet, build_calibration, default_domains, load_calib, load_texts
 from eopc_compiler.checkpoint import Checkpoint, open_checkpoint
@@ -37,14 +39,13 @@ from eopc_compiler.pruned import KeptLayer, PrunedModel, keep_all, slice_model
 from eopc_compiler.pruned_checkpoint import DTYPES, expressible, is_stock, write_checkpoint
 from eopc_runtime.errors import EopcError, UsageError
 
+LAYER_METHODS = ("evop", "shortgpt", "sleb")
 METHODS: dict[str, Method] = {
     "flap": flap,
     "wanda-sp": wanda_sp,
     "magnitude": magnitude,
     "random": random_units,
-    "evop": whole_layers("evop"),
-    "shortgpt": whole_layers("shortgpt"),
-    "sleb": whole_layers("sleb"),
+    **{name: whole_layers(name) for name in LAYER_METHODS},
 }
 SEQUENCE = 256  # tokens per calibration window
 
@@ -134,8 +135,9 @@ def prune(args: PruneArgs, say: Say = lambda _text: None, tick: Say = lambda _te
     checkpoint = open_checkpoint(args.model)
     dense, align = checkpoint.config, args.align or default_align(checkpoint.config)
     check_align(dense, align)
-    texts = read_texts(args.text, checkpoint)
     request = PruneRequest(args.ratio, args.units, align, args.uniform, args.seed, args.steps, say, tick)
+    check_reach(args.method, dense, request)
+    texts = read_texts(args.text, checkpoint)
     with staged_folder(output) as staged:
         calibration = read_calibration(args, checkpoint, say) if args.ratio else None
         model = load_model(checkpoint, say, tick)
@@ -192,6 +194,16 @@ def check_args(args: PruneArgs) -> None:
         raise UsageError("--only-calib leaves no calibration text. Give some with --calib NAME=FILE.")
     if args.calibration_tokens < 2 or args.steps < 1:
         raise UsageError("--calibration-tokens must be at least 2 and --steps at least 1.")
+
+
+def check_reach(method: str, config: LlamaConfig, request: PruneRequest) -> None:
+    """Raise UsageError for a ratio that the model's units cannot give; minutes before the method would."""
+    if method in LAYER_METHODS:
+        layers_to_remove(config, request)
+    elif request.uniform:
+        even_counts(config, replace(request, say=lambda _text: None))  # the method says it again
+    else:
+        budget(config, request)
 
 
 def free_output(output: Path) -> Path:
