@@ -9,14 +9,12 @@ All score the inputs of o_proj and down_proj, W [out, in] being the matrix and x
   Equal shares in every layer; each layer is scored on what the pruned layers below it put out; no bias.
 * `flap`: FLAP (arXiv 2312.11983). WIFV, var(x_j) ||W_:,j||²; "AL-AM": attention scores squared, all scores standardised
   per layer, the lowest of the whole model go; the mean of what is removed stays as a bias, b += W_:,U E[x_U]. One shot.
-* `whole_layers`: layer removal by search or greedily, from `eopc_compiler.evop`.
 
 Unlike FLAP's code, statistics are the plain mean and variance over all tokens of all domains, in fp64.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,9 +35,8 @@ from eopc_compiler.calibration import CalibrationSet
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.importance import capture_inputs
 from eopc_compiler.model import Block, Llama, Projection
-from eopc_compiler.pruned import KeptLayer, keep_all, unit_columns
+from eopc_compiler.pruned import KeptLayer, unit_columns
 from eopc_compiler.sequences import run_layer
-from eopc_runtime.errors import UsageError
 
 Method = Callable[[Llama, CalibrationSet, PruneRequest], Choice]
 
@@ -100,39 +97,6 @@ def flap(model: Llama, calibration: CalibrationSet, request: PruneRequest) -> Ch
         request.tick(f"flap: {index + 1}/{len(model.blocks)} layers")
     kept = choose_globally(model.config, scores, request)
     return Choice(kept, compensation(model, kept, means))
-
-
-def whole_layers(search: str) -> Method:
-    """A method that removes whole layers, named as in `eopc_compiler.evop.baselines`.
-
-    The search is called as (model, calibration, count, request) and returns the source indices of `count` layers.
-    """
-
-    def choose(model: Llama, calibration: CalibrationSet, request: PruneRequest) -> Choice:
-        count = layers_to_remove(model.config, request)
-        baselines = importlib.import_module("eopc_compiler.evop.baselines")  # late: only these methods need a search
-        removed = set(getattr(baselines, search)(model, calibration, count, request)) if count else set()
-        return Choice(tuple(k for k in keep_all(model.config) if k.source_layer not in removed))
-
-    return choose
-
-
-def layers_to_remove(config: LlamaConfig, request: PruneRequest) -> int:
-    """round(ratio x layers).
-
-    Raises:
-        UsageError: that is none although the ratio is not 0, or all; or FFN channels alone were asked for.
-    """
-    layers = len(config.layers)
-    count = round(request.ratio * layers)
-    if request.units != "all":
-        raise UsageError("a method that removes whole layers takes attention and FFN alike. Leave --units out.")
-    if request.ratio and not 0 < count < layers:
-        raise UsageError(
-            f"--ratio {request.ratio:g} of {layers} layers rounds to {count}, and between 1 and {layers - 1} can go. "
-            f"Choose another --ratio."
-        )
-    return count
 
 
 @dataclass(slots=True)

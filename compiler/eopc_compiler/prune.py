@@ -28,7 +28,7 @@ from eopc_compiler.allocate import (
     default_align,
     even_counts,
 )
-from eopc_compiler.baselines import Method, flap, layers_to_remove, magnitude, random_units, wanda_sp, whole_layers
+from eopc_compiler.baselines import Method, flap, magnitude, random_units, wanda_sp
 from eopc_compiler.cache import PARTIAL, StageCache
 from eopc_compiler.calibration import CalibrationSet, build_calibration, default_domains, load_calib, load_texts
 from eopc_compiler.checkpoint import Checkpoint, open_checkpoint
@@ -37,15 +37,16 @@ from eopc_compiler.model import Llama, build_model
 from eopc_compiler.perplexity import WINDOW, cut_text, perplexity
 from eopc_compiler.pruned import KeptLayer, PrunedModel, keep_all, slice_model
 from eopc_compiler.pruned_checkpoint import DTYPES, expressible, is_stock, write_checkpoint
+from eopc_compiler.whole_layers import evop, layers_to_remove, shortgpt, sleb
 from eopc_runtime.errors import EopcError, UsageError
 
-LAYER_METHODS = ("evop", "shortgpt", "sleb")
+LAYER_METHODS: dict[str, Method] = {"evop": evop, "shortgpt": shortgpt, "sleb": sleb}
 METHODS: dict[str, Method] = {
     "flap": flap,
     "wanda-sp": wanda_sp,
     "magnitude": magnitude,
     "random": random_units,
-    **{name: whole_layers(name) for name in LAYER_METHODS},
+    **LAYER_METHODS,
 }
 SEQUENCE = 256  # tokens per calibration window
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +21,6 @@ from eopc_compiler.baselines import (
     silenced,
     standardise,
     wanda_sp,
-    whole_layers,
 )
 from eopc_compiler.calibration import CalibrationSet
 from eopc_compiler.config import LlamaConfig
@@ -31,7 +28,6 @@ from eopc_compiler.importance import capture_inputs
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.pruned import KeptLayer, PrunedModel, keep_all, slice_model
 from eopc_compiler.sequences import run_blocks, run_layer
-from eopc_runtime.errors import UsageError
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
 METHODS: list[Method] = [magnitude, random_units, wanda_sp, flap]
@@ -249,25 +245,3 @@ def test_standardised_scores_of_equal_units_are_zero() -> None:
     """No division by a spread of nothing."""
     assert standardise(torch.ones(4)).tolist() == [0.0] * 4
     assert standardise(torch.tensor([2.0])).tolist() == [0.0]
-
-
-def test_whole_layers_removes_as_many_as_the_ratio_rounds_to(
-    make_tiny: MakeTiny, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The search names them; 0 needs no search; none, all, or FFN alone is refused."""
-    asked = []
-
-    def search(_model: Llama, _text: CalibrationSet, count: int, _request: PruneRequest) -> tuple[int, ...]:
-        asked.append(count)
-        return (1,)
-
-    monkeypatch.setitem(sys.modules, "eopc_compiler.evop", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "eopc_compiler.evop.baselines", SimpleNamespace(sleb=search))
-    model, _ = tiny(make_tiny)
-    sleb = whole_layers("sleb")
-    assert [k.source_layer for k in sleb(model, calibration, PruneRequest(0.4)).kept] == [0, 2]
-    assert asked == [1]
-    assert sleb(model, calibration, PruneRequest(0.0)) == Choice(keep_all(model.config))
-    for request in (PruneRequest(0.1), PruneRequest(0.9), PruneRequest(0.4, "ffn")):
-        with pytest.raises(UsageError):
-            sleb(model, calibration, request)
