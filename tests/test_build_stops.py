@@ -131,7 +131,7 @@ def test_a_second_build_of_the_same_output_is_refused(
     (tmp_path / ".out.staged-1").mkdir()  # what the first build is writing
     first = StageCache(tmp_path / ".out.work")
     args = build_settings(tiny_checkpoint, tmp_path / "out", dry_run=True)
-    with pytest.raises(EopcError, match="another eopc build"):
+    with pytest.raises(EopcError, match="another eopc command"):
         build(args)
     assert (tmp_path / ".out.staged-1").is_dir()
     first.close()

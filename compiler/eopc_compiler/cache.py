@@ -78,7 +78,8 @@ def lock_folder(folder: Path) -> int:
         except BlockingIOError:
             os.close(descriptor)
             raise UsageError(
-                f"another eopc build is writing the same output (it holds {folder}). Wait for it, or choose another -o."
+                f"another eopc command is writing the same output (it holds {folder}). Wait for it, or choose another "
+                f"-o."
             ) from None
         if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
             return descriptor

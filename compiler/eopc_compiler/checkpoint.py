@@ -76,6 +76,8 @@ class Checkpoint:
             hint = "the head is tied: use model.embed_tokens.weight" if tied else "see tensor_names"
             raise ModelError(f"{self.name} has no tensor {name}; {hint}.")
         value = self._store.read(name)
+        if not value.numel():  # of a sub-block that is left out
+            return value
         low, high = torch.aminmax(value)  # carries NaN, and needs no copy as isfinite does
         if not (torch.isfinite(low) and torch.isfinite(high)):
             bad = int((~torch.isfinite(value)).sum())

@@ -8,7 +8,7 @@ embedding alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Choice:
     """What a pruning method decides: the kept units, and tensors that replace sliced ones (see `slice_model`)."""
 
     kept: tuple[KeptLayer, ...]
-    changed: dict[str, Tensor]
+    changed: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def keep_all(config: LlamaConfig) -> tuple[KeptLayer, ...]:

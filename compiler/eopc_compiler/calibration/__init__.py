@@ -14,7 +14,7 @@ from eopc_compiler.calibration.builtin import default_domains
 from eopc_compiler.calibration.ccds import CcdsDraw, CcdsRecord, CcdsSettings, ccds_calibration
 from eopc_compiler.calibration.domains import Domain, Split
 from eopc_compiler.calibration.embed import Embedding, hidden_state_embedding, tfidf_embedding
-from eopc_compiler.calibration.user_text import load_calib, read_mixture
+from eopc_compiler.calibration.user_text import load_calib, load_texts, read_mixture
 from eopc_compiler.calibration.windows import Batch, CalibrationSet, Tokenizer, build_calibration
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "default_domains",
     "hidden_state_embedding",
     "load_calib",
+    "load_texts",
     "read_mixture",
     "tfidf_embedding",
 ]

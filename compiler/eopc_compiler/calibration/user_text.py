@@ -42,15 +42,7 @@ def load_calib(specs: Sequence[str]) -> tuple[Domain, ...]:
         MissingExtraError: a data set is named and the hf extra is not installed.
     """
     domains: list[Domain] = []
-    for spec in specs:
-        name, equals, target = spec.partition("=")
-        if not equals or not target or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise UsageError(
-                f"Calibration text {spec!r} is not of the form NAME=FILE (NAME: letters, digits, - and _). "
-                "Example: --calib manual=notes.txt"
-            )
-        if name in {domain.name for domain in domains}:
-            raise UsageError(f"Calibration domain {name!r} is given twice; use another name for one of them.")
+    for name, target in _named_sources(specs, "Calibration text", "--calib manual=notes.txt").items():
         source, weight = _split_weight(name, target)
         documents = read_hub(source) if source.startswith(HUB_PREFIX) else _read_file(source)
         unique = tuple(dict.fromkeys(document for document in documents if document.strip()))
@@ -61,6 +53,28 @@ def load_calib(specs: Sequence[str]) -> tuple[Domain, ...]:
             )
         domains.append(Domain(name, unique, weight))
     return tuple(domains)
+
+
+def load_texts(specs: Sequence[str]) -> dict[str, str]:
+    """Read whole texts to measure on, given as NAME=FILE: UTF-8, as they are; UsageError for whatever is wrong."""
+    named = _named_sources(specs, "Text", "--text book=book.txt")
+    return {name: _read_text(Path(target).expanduser(), "Text") for name, target in named.items()}
+
+
+def _named_sources(specs: Sequence[str], what: str, example: str) -> dict[str, str]:
+    """NAME=SOURCE taken apart, every name once."""
+    named: dict[str, str] = {}
+    for spec in specs:
+        name, equals, target = spec.partition("=")
+        if not equals or not target or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise UsageError(
+                f"{what} {spec!r} is not of the form NAME=FILE (NAME: letters, digits, - and _). Example: {example}"
+            )
+        if name in named:
+            kind = "Calibration domain" if what == "Calibration text" else what
+            raise UsageError(f"{kind} {name!r} is given twice; use another name for one of them.")
+        named[name] = target
+    return named
 
 
 def _split_weight(name: str, target: str) -> tuple[str, float]:
@@ -97,11 +111,11 @@ def _read_file(source: str) -> list[str]:
     return _json_lines(path, text, field) if field is not None else cut_documents(text)
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, what: str = "Calibration text") -> str:
     """The file as text, or UsageError saying what is wrong with it."""
     if not path.is_file():
         kind = "is a folder, not a file" if path.is_dir() else "is no plain file" if path.exists() else "does not exist"
-        raise UsageError(f"Calibration text {path} {kind}. Give a UTF-8 text or .jsonl file.")
+        raise UsageError(f"{what} {path} {kind}. Give a UTF-8 text or .jsonl file.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -111,7 +125,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
     if not text.strip():
-        raise UsageError(f"Calibration text {path} is empty. Give a file with text in it.")
+        raise UsageError(f"{what} {path} is empty. Give a file with text in it.")
     return text
 
 

@@ -37,6 +37,7 @@ COMMANDS = {
     "inspect": Entry("eopc_runtime.cli.inspect", "inspect", "Show what is in a bundle, and verify it."),
     "eval": Entry("eopc_runtime.cli.evaluate", "evaluate", "Measure the perplexity of a bundle's tiers."),
     "bench": Entry("eopc_runtime.cli.bench", "bench", "Measure the speed and memory of a bundle's tiers."),
+    "prune": Entry("eopc_compiler.cli.prune", "prune", "Prune a model into a smaller checkpoint for other tools."),
     "calibrate": Entry("eopc_runtime.cli.calibrate", "calibrate", "Measure a bundle's prices on this device."),
     "validate": Entry("eopc_runtime.cli.validate", "validate", "Compare predicted with measured joules."),
     "energy": Entry("eopc_runtime.cli.energy", "energy", "Measure, model and predict joules."),
