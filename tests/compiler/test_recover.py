@@ -193,12 +193,24 @@ def test_the_teachers_states_are_the_same_from_the_cache(case: SimpleNamespace) 
 
 
 def test_a_student_that_lost_a_layer_is_compared_with_what_its_next_layer_read(case: SimpleNamespace) -> None:
-    """With untouched layers the hidden states behind the kept ones match the teacher's, so only the gap costs."""
+    """Layer 1 of 3 is gone: the state behind the first layer is held against the teacher's behind its layer 1."""
     kept = [KeptLayer(i, (0, 1, 2, 3), tuple(range(128))) for i in (0, 2)]
     student = slice_model(case.config, case.tensors.__getitem__, kept).build(64)
     settings = replace(STEPS, steps=20, hidden_every=1)
-    report = recover(student, case.dense, case.text, case.selection, settings, sources=(0, 2))
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = Teacher.__init__
+        patch.setattr(Teacher, "__init__", lambda self, *args: (asked.append(args[2]), original(self, *args))[1])
+        report = recover(student, case.dense, case.text, case.selection, settings, sources=(0, 2))
+    assert asked == [[1]]
     assert sum(report.after.values()) < sum(report.before.values()) - 0.2
+
+
+def test_windows_longer_than_the_context_are_refused(case: SimpleNamespace) -> None:
+    """The case's models were built for 64 positions."""
+    text = TrainingText((("a", torch.zeros(1, 65, dtype=torch.long)),), (1.0,))
+    with pytest.raises(UsageError, match="65 tokens do not fit the model's 64"):
+        recover(case.pruned, case.dense, text, case.selection, STEPS)
 
 
 # --- the ladder ---

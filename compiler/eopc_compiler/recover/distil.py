@@ -31,6 +31,7 @@ from eopc_compiler.recover.lowrank import add_low_rank, folded_weights
 from eopc_compiler.recover.settings import RecoverSettings, choose_bf16
 from eopc_compiler.recover.text import Draws, TrainingText
 from eopc_compiler.recover.train import Clock, Say, Trainer, TrainState
+from eopc_runtime.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def recover(
         folder: for the state of a run that may be killed; emptied of it at the end.
 
     Raises:
-        UsageError: the settings are malformed.
+        UsageError: the windows are longer than the context the teacher was built for.
     """
     say = report or (lambda _: None)
     bf16 = choose_bf16(settings.precision, teacher.config.hidden_size)
@@ -95,7 +96,9 @@ class Distiller:
         self._cast_head = self._head.bfloat16() if bf16 else self._head
         self._teacher = Teacher(teacher, self.tokens, behind, bf16, settings.cache_bytes)
         self._draws = Draws(text, settings.seed)
-        length = self.tokens.shape[1]
+        length, context = self.tokens.shape[1], teacher.get_buffer("cos").shape[0]
+        if length > context:
+            raise UsageError(f"training windows of {length} tokens do not fit the model's {context} positions.")
         self._windows, self._part = (max(1, n // length) for n in (settings.batch_tokens, settings.micro_tokens))
         self.tokens_per_step = self._windows * length
 

@@ -28,8 +28,8 @@ class RecoverSettings:
     steps: int | None = None
     learning_rate: float = 3e-4  # AdamW's, at its peak
     warmup: float = 0.05  # share of the budget in which the step size grows
-    batch_tokens: int = 1024  # per step
-    micro_tokens: int = 1024  # per forward and backward: what activations are held of
+    batch_tokens: int = 768  # per step: few, because within minutes the number of steps is what is short
+    micro_tokens: int = 768  # per forward and backward: what activations are held of
     logit_rows: int = 128  # positions whose logits are held at a time: rows x vocabulary stay near the caches
     kl_share: float = 1.0  # of the positions, drawn anew every step, that pay for the head
     hidden_weight: float = 1.0  # of the hidden-state term, beside a KL divergence of weight 1

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from eopc_compiler.cache import PARTIAL
+
 STATE_FILE = "training-state.safetensors"
 
 
@@ -20,7 +22,7 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str,
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"partial-{STATE_FILE}"
+    partial = folder / f"{PARTIAL}{STATE_FILE}"
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, {"record": json.dumps(record)})
     partial.replace(folder / STATE_FILE)
 
@@ -43,5 +45,6 @@ def load_state(folder: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[
 
 
 def remove_state(folder: Path) -> None:
-    """Forget a run that is complete."""
-    (folder / STATE_FILE).unlink(missing_ok=True)
+    """Forget a run that is complete, and what a kill in the middle of writing left."""
+    for name in (STATE_FILE, f"{PARTIAL}{STATE_FILE}"):
+        (folder / name).unlink(missing_ok=True)
