@@ -22,7 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eopc_compiler.pruned import Choice
+from eopc_compiler.calibration import CalibrationSet
+from eopc_compiler.config import LlamaConfig
+from eopc_compiler.importance import capture_inputs
+from eopc_compiler.model import Block, Llama, Projection
 from eopc_compiler.prune_request import (
     PruneRequest,
     UnitScores,
@@ -31,11 +34,7 @@ from eopc_compiler.prune_request import (
     even_counts,
     keep_best,
 )
-from eopc_compiler.calibration import CalibrationSet
-from eopc_compiler.config import LlamaConfig
-from eopc_compiler.importance import capture_inputs
-from eopc_compiler.model import Block, Llama, Projection
-from eopc_compiler.pruned import KeptLayer, unit_columns
+from eopc_compiler.pruned import Choice, KeptLayer, unit_columns
 from eopc_compiler.sequences import run_layer
 
 Method = Callable[[Llama, CalibrationSet, PruneRequest], Choice]

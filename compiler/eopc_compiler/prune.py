@@ -17,7 +17,13 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from eopc_compiler.pruned import Choice
+from eopc_compiler.baselines import Method, flap, magnitude, random_units, wanda_sp
+from eopc_compiler.cache import PARTIAL, StageCache
+from eopc_compiler.calibration import CalibrationSet, build_calibration, default_domains, load_calib, load_texts
+from eopc_compiler.checkpoint import Checkpoint, open_checkpoint
+from eopc_compiler.config import LayerDims, LlamaConfig
+from eopc_compiler.model import Llama, build_model
+from eopc_compiler.perplexity import WINDOW, cut_text, perplexity
 from eopc_compiler.prune_request import (
     PruneRequest,
     Say,
@@ -28,20 +34,17 @@ from eopc_compiler.prune_request import (
     default_align,
     even_counts,
 )
-from eopc_compiler.baselines import Method, flap, magnitude, random_units, wanda_sp
-from eopc_compiler.cache import PARTIAL, StageCache
-from eopc_compiler.calibration import CalibrationSet, build_calibration, default_domains, load_calib, load_texts
-from eopc_compiler.checkpoint import Checkpoint, open_checkpoint
-from eopc_compiler.config import LayerDims, LlamaConfig
-from eopc_compiler.model import Llama, build_model
-from eopc_compiler.perplexity import WINDOW, cut_text, perplexity
-from eopc_compiler.pruned import KeptLayer, PrunedModel, keep_all, slice_model
+from eopc_compiler.pruned import Choice, KeptLayer, PrunedModel, keep_all, slice_model
 from eopc_compiler.pruned_checkpoint import DTYPES, expressible, is_stock, write_checkpoint
+from eopc_compiler.repairing_methods import iterative, obs, wifv
 from eopc_compiler.whole_layers import evop, layers_to_remove, shortgpt, sleb
 from eopc_runtime.errors import EopcError, UsageError
 
 LAYER_METHODS: dict[str, Method] = {"evop": evop, "shortgpt": shortgpt, "sleb": sleb}
 METHODS: dict[str, Method] = {
+    "iterative": iterative,
+    "obs": obs,
+    "wifv": wifv,
     "flap": flap,
     "wanda-sp": wanda_sp,
     "magnitude": magnitude,
@@ -58,7 +61,7 @@ class PruneArgs:
     ratio: float
     output: Path
     model: str | None = None
-    method: str = "flap"
+    method: str = "iterative"
     units: Units = "all"
     uniform: bool = False
     align: int | None = None  # None: 32 for hidden sizes below 1024, else 64

@@ -13,36 +13,25 @@ from eopc_compiler.model import Block, Llama, Rotary
 LOSS_ROWS = 1024  # positions whose logits are held at a time
 
 
-<<<<<<< HEAD
 Past = tuple[Tensor, Tensor]  # keys and values [n, kv_heads, P, head_dim] of positions 0..P-1
 
 
 def run_layer(model: Llama, layer: Block, x: Tensor, past: Past | None = None) -> Tensor:
     """One block over whole sequences x [n, S, hidden], causal; behind `past`, or from position 0."""
-    attention = layer.self_attn
-    if attention.kv_heads:
-        x = x + attention.o_proj(attend(model, layer, layer.input_layernorm(x), past))
-    if layer.mlp.width:
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return x
-=======
-def run_layer(model: Llama, layer: Block, x: Tensor) -> Tensor:
-    """One block over whole sequences x [n, S, hidden], causal, from position 0."""
-    return run_ffn(layer, run_attention(model, layer, x))
+    return run_ffn(layer, run_attention(model, layer, x, past))
 
 
-def run_attention(model: Llama, layer: Block, x: Tensor) -> Tensor:
+def run_attention(model: Llama, layer: Block, x: Tensor, past: Past | None = None) -> Tensor:
     """x [n, S, hidden] with the block's attention added, if it has one."""
-    attention = layer.self_attn
-    if not attention.kv_heads:
+    if not layer.self_attn.kv_heads:
         return x
-    return x + attention.o_proj(attend(model, layer, layer.input_layernorm(x)))  # type: ignore[no-any-return]
+    added: Tensor = layer.self_attn.o_proj(attend(model, layer, layer.input_layernorm(x), past))
+    return x + added
 
 
 def run_ffn(layer: Block, x: Tensor) -> Tensor:
     """x [n, S, hidden] with the block's FFN added, if it has one."""
     return x + layer.mlp(layer.post_attention_layernorm(x)) if layer.mlp.width else x
->>>>>>> evop
 
 
 def attend(model: Llama, layer: Block, normed: Tensor, past: Past | None = None) -> Tensor:

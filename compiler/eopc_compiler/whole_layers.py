@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eopc_compiler.pruned import Choice
-from eopc_compiler.prune_request import PruneRequest
 from eopc_compiler.calibration import CalibrationSet
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.model import Llama
-from eopc_compiler.pruned import keep_all
+from eopc_compiler.prune_request import PruneRequest
+from eopc_compiler.pruned import Choice, keep_all
 from eopc_runtime.errors import UsageError
 
 STAGES = (1, 1)  # windows of every domain per stage

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from eopc_compiler.pruned import Choice
-from eopc_compiler.prune_request import PruneRequest, unit_costs
 from eopc_compiler.baselines import (
     Method,
     Moments,
@@ -27,7 +25,8 @@ from eopc_compiler.calibration import CalibrationSet
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.importance import capture_inputs
 from eopc_compiler.model import Llama, build_model
-from eopc_compiler.pruned import KeptLayer, PrunedModel, keep_all, slice_model
+from eopc_compiler.prune_request import PruneRequest, unit_costs
+from eopc_compiler.pruned import Choice, KeptLayer, PrunedModel, keep_all, slice_model
 from eopc_compiler.sequences import run_blocks, run_layer
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]

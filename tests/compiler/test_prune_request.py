@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from eopc_compiler.config import LayerDims, LlamaConfig, normalize_config
 from eopc_compiler.prune_request import (
     PruneRequest,
     UnitScores,
@@ -24,7 +25,6 @@ from eopc_compiler.prune_request import (
     stock_head_counts,
     unit_costs,
 )
-from eopc_compiler.config import LayerDims, LlamaConfig, normalize_config
 from eopc_compiler.pruned import keep_all, pruned_config
 from eopc_runtime.errors import UsageError
 

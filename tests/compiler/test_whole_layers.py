@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from eopc_compiler.pruned import Choice
-from eopc_compiler.prune_request import PruneRequest
 from eopc_compiler.baselines import Method
 from eopc_compiler.calibration import CalibrationSet
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.model import build_model
-from eopc_compiler.pruned import keep_all, slice_model
+from eopc_compiler.prune_request import PruneRequest
+from eopc_compiler.pruned import Choice, keep_all, slice_model
 from eopc_compiler.sequences import run_blocks, run_layer
 from eopc_compiler.whole_layers import evop, layers_to_remove, shortgpt, sleb, stages
 from eopc_runtime.errors import UsageError
