@@ -19,7 +19,14 @@ from torch import Tensor
 
 from eopc_compiler.baselines import Method, flap, magnitude, random_units, wanda_sp
 from eopc_compiler.cache import PARTIAL, StageCache
-from eopc_compiler.calibration import CalibrationSet, build_calibration, default_domains, load_calib, load_texts
+from eopc_compiler.calibration import (
+    CalibrationSet,
+    Domain,
+    build_calibration,
+    load_calib,
+    load_texts,
+    read_mixture,
+)
 from eopc_compiler.checkpoint import Checkpoint, open_checkpoint
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.model import Llama, build_model
@@ -36,6 +43,7 @@ from eopc_compiler.prune_request import (
 )
 from eopc_compiler.pruned import Choice, KeptLayer, PrunedModel, keep_all, slice_model
 from eopc_compiler.pruned_checkpoint import DTYPES, expressible, is_stock, write_checkpoint
+from eopc_compiler.recover import RecoverReport, RecoverSettings, recover, training_windows
 from eopc_compiler.repairing_methods import iterative, obs, wifv
 from eopc_compiler.whole_layers import evop, layers_to_remove, shortgpt, sleb
 from eopc_runtime.errors import EopcError, UsageError
@@ -52,6 +60,7 @@ METHODS: dict[str, Method] = {
     **LAYER_METHODS,
 }
 SEQUENCE = 256  # tokens per calibration window
+RECOVERY_TOKENS = 1 << 20  # at most, of all domains together
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,7 @@ class PruneArgs:
     calibration_tokens: int = 16384  # per domain
     steps: int = 5
     seed: int = 0
+    recover_minutes: float = 0.0  # of distillation from the dense model
     dtype: str = "float32"
     text: tuple[str, ...] = ()
 
@@ -86,6 +96,7 @@ class PruneResult:
     calibration: tuple[tuple[str, int, int], ...]  # (domain, windows, tokens per window); empty if none was read
     align: int
     elapsed_s: float
+    recovered: RecoverReport | None = None
 
     @property
     def ratio_blocks(self) -> float:
@@ -117,9 +128,18 @@ class PruneResult:
             "kept": [asdict(counts(layer)) for layer in self.kept],
             "perplexity": {name: dict(values) for name, values in self.perplexity.items()},
             "calibration": [{"domain": n, "windows": w, "tokens": t} for n, w, t in self.calibration],
+            "recovery": None
+            if self.recovered is None
+            else {"minutes": args.recover_minutes, **self.recovered.to_json()},
             "seed": args.seed,
             "elapsed_s": round(self.elapsed_s, 2),
         }
+
+
+def recovery_json(report: RecoverReport, minutes: float) -> dict[str, Any]:
+    """What recovery did: training tokens, and the loss on selection text in nats before and after."""
+    losses = {name: {"before": report.before[name], "after": report.after[name]} for name in report.before}
+    return {"minutes": minutes, "tokens": report.tokens, "selection_loss": losses}
 
 
 def prune(args: PruneArgs, say: Say = lambda _text: None, tick: Say = lambda _text: None) -> PruneResult:
@@ -149,6 +169,9 @@ def prune(args: PruneArgs, say: Say = lambda _text: None, tick: Say = lambda _te
         say(f"{args.method}: choosing what to keep")
         choice = method(model, calibration, request) if calibration else Choice(keep_all(dense))
         pruned = apply_choice(model, choice)
+        recovered = None
+        if args.recover_minutes and args.ratio:
+            pruned, recovered = recover_pruned(args, checkpoint, model, pruned, say)
         if pruned.config.model_type != dense.model_type:
             say(f"written as llama: {dense.model_type} has no place for the biases, and computes the same")
         say(f"writing {pruned.config.param_count / 1e6:.1f} M of {dense.param_count / 1e6:.1f} M parameters")
@@ -167,7 +190,22 @@ def prune(args: PruneArgs, say: Say = lambda _text: None, tick: Say = lambda _te
         tuple((n, *map(int, t.shape)) for n, t in calibration.domains) if calibration else (),  # type: ignore[misc]
         align,
         time.monotonic() - started,
+        recovered,
     )
+
+
+def recover_pruned(
+    args: PruneArgs, checkpoint: Checkpoint, model: Llama, pruned: PrunedModel, say: Say
+) -> tuple[PrunedModel, RecoverReport]:
+    """The pruned model distilled from the dense one for some minutes, on all text of the calibration split."""
+    domains, tokenizer = mixture(args), checkpoint.tokenizer()
+    length = min(SEQUENCE, checkpoint.config.max_position_embeddings)
+    text = training_windows(tokenizer, domains, RECOVERY_TOKENS, length, args.seed)
+    selection = build_calibration(tokenizer, domains, 8, length, args.seed, "selection", allow_fewer=True).domains
+    sources = [layer.source_layer for layer in pruned.kept]
+    settings = RecoverSettings(minutes=args.recover_minutes, seed=args.seed)
+    report = recover(pruned.build(WINDOW), model, text, selection, settings, sources=sources, report=say)
+    return replace(pruned, tensors={**pruned.tensors, **report.tensors}), report
 
 
 def apply_choice(model: Llama, choice: Choice) -> PrunedModel:
@@ -196,6 +234,8 @@ def check_args(args: PruneArgs) -> None:
         raise UsageError(f"--dtype {args.dtype!r} is not known. Choose from {', '.join(DTYPES)}.")
     if args.only_calib and not args.calib:
         raise UsageError("--only-calib leaves no calibration text. Give some with --calib NAME=FILE.")
+    if not 0 <= args.recover_minutes < math.inf:
+        raise UsageError(f"--recover {args.recover_minutes:g} is no number of minutes. Give 0 or more.")
     if args.calibration_tokens < 2 or args.steps < 1:
         raise UsageError("--calibration-tokens must be at least 2 and --steps at least 1.")
 
@@ -245,9 +285,14 @@ def staged_folder(output: Path) -> Iterator[Path]:
         cache.close()
 
 
+def mixture(args: PruneArgs) -> tuple[Domain, ...]:
+    """The domains asked for, with or without the built-in ones."""
+    return load_calib(args.calib) if args.only_calib else read_mixture(args.calib)
+
+
 def read_calibration(args: PruneArgs, checkpoint: Checkpoint, say: Say) -> CalibrationSet:
     """Token windows of every domain, from the split that is for calibration."""
-    domains = load_calib(args.calib) if args.only_calib else (*default_domains(), *load_calib(args.calib))
+    domains = mixture(args)
     length = min(SEQUENCE, checkpoint.config.max_position_embeddings, args.calibration_tokens)
     count = args.calibration_tokens // length
     say(f"reading calibration text: {', '.join(d.name for d in domains)}, {count} x {length} tokens each")

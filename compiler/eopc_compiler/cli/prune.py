@@ -17,10 +17,11 @@ from eopc_runtime.cli.output import Progress, print_json, print_table
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write, new or empty.")
 @click.option(
     "--method",
-    default="flap",
+    default="iterative",
     show_default=True,
     metavar="NAME",
-    help="flap, wanda-sp, magnitude, random; whole layers: evop, shortgpt, sleb.",
+    help="iterative, obs, wifv; whole layers: evop; re-implemented baselines: flap, wanda-sp, magnitude, random, "
+    "shortgpt, sleb.",
 )
 @click.option(
     "--units",
@@ -37,6 +38,14 @@ from eopc_runtime.cli.output import Progress, print_json, print_table
     "--calibration-tokens", type=click.IntRange(min=2), default=16384, show_default=True, help="Tokens per domain."
 )
 @click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of iterative methods.")
+@click.option(
+    "--recover",
+    "recover_minutes",
+    type=float,
+    default=0.0,
+    metavar="MINUTES",
+    help="Then distil from the dense model for that long.",
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of the calibration draw, and of random choices.")
 @click.option(
     "--dtype",
