@@ -128,9 +128,7 @@ class PruneResult:
             "kept": [asdict(counts(layer)) for layer in self.kept],
             "perplexity": {name: dict(values) for name, values in self.perplexity.items()},
             "calibration": [{"domain": n, "windows": w, "tokens": t} for n, w, t in self.calibration],
-            "recovery": None
-            if self.recovered is None
-            else {"minutes": args.recover_minutes, **self.recovered.to_json()},
+            "recovery": recovery_json(self.recovered, args.recover_minutes) if self.recovered else None,
             "seed": args.seed,
             "elapsed_s": round(self.elapsed_s, 2),
         }
