@@ -1,0 +1,161 @@
+"""Static pruning measured: methods, iteration, mixture, handover and ladders, on perplexity of held-out text.
+
+    python benchmarks/pruning.py methods   --corpora FOLDER      every method of eopc prune on the same text
+    python benchmarks/pruning.py iteration --corpora FOLDER      S = 1, S = 10, and S = 1 with all the text of S = 10
+    python benchmarks/pruning.py mixture   --corpora FOLDER      calibrated on text, code, maths, or their mixture
+
+FOLDER is laid out as benchmarks/corpora.py says. Perplexity is measured in fp32 on windows of 512 tokens of documents
+that calibration never saw; a ratio is to the dense model on the same windows. Rows are appended to --log as they come,
+and rows that are there already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import torch
+from corpora import add_corpora_option, calibration_set, evaluation_windows
+
+from eopc_compiler.calibration import CalibrationSet
+from eopc_compiler.checkpoint import Checkpoint, open_checkpoint
+from eopc_compiler.importance import mean_loss
+from eopc_compiler.model import Llama, build_model
+from eopc_compiler.prune import METHODS, apply_choice
+from eopc_compiler.prune_request import PruneRequest
+
+DOMAINS = ("wiki", "code", "maths")
+LENGTH = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One row: a method, what it was calibrated on, and how."""
+
+    label: str
+    method: str
+    domains: tuple[str, ...]
+    tokens: int  # per domain
+    request: PruneRequest
+
+    @property
+    def key(self) -> str:
+        r = self.request
+        return (
+            f"{self.label}|{self.method}|{','.join(self.domains)}|{self.tokens}|{r.ratio}|{r.units}|{r.steps}|{r.seed}"
+        )
+
+
+def methods(args: argparse.Namespace) -> list[Run]:
+    """Every method that removes FFN channels, at the same calibration tokens."""
+    request = PruneRequest(args.ratio, "ffn", 32, seed=args.seed, steps=args.steps)
+    names = [n for n in METHODS if n not in ("evop", "shortgpt", "sleb")]
+    return [Run(n, n, DOMAINS, args.tokens, request) for n in names]
+
+
+def iteration(args: argparse.Namespace) -> list[Run]:
+    """S = 1 and S = 10 at --tokens per step, and S = 1 with ten times the text."""
+    one = PruneRequest(args.ratio, "ffn", 32, seed=args.seed, steps=1)
+    return [
+        Run("S=1", "iterative", DOMAINS, args.tokens, one),
+        Run("S=1, 10x text", "iterative", DOMAINS, 10 * args.tokens, one),
+        Run("S=10", "iterative", DOMAINS, 10 * args.tokens, replace(one, steps=10)),
+    ]
+
+
+def mixture(args: argparse.Namespace) -> list[Run]:
+    """One domain or all three, the same number of tokens in all."""
+    runs = []
+    for seed in range(args.seeds):
+        request = PruneRequest(args.ratio, "ffn", 32, seed=seed, steps=args.steps)
+        runs += [Run(f"{d} only", "iterative", (d,), 3 * args.tokens, request) for d in DOMAINS]
+        runs.append(Run("mix", "iterative", DOMAINS, args.tokens, request))
+    return runs
+
+
+TABLES: dict[str, Callable[[argparse.Namespace], list[Run]]] = {
+    "methods": methods,
+    "iteration": iteration,
+    "mixture": mixture,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    add_corpora_option(parser)
+    parser.add_argument("--model", help="folder, hub id or .gguf [default: SmolLM2-135M-Instruct]")
+    parser.add_argument("--ratio", type=float, default=0.2, help="share of the FFN [0.2]")
+    parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens per domain [8192]")
+    parser.add_argument("--steps", type=int, default=5, help="of methods that iterate [5]")
+    parser.add_argument("--windows", type=int, default=24, help="evaluation windows per domain [24]")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3, help="of mixture [3]")
+    parser.add_argument("--log", type=Path, default=Path("pruning.jsonl"))
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    checkpoint = open_checkpoint(args.model)
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.tensor_names}
+    model = build_model(checkpoint.config, tensors, LENGTH)
+    windows = evaluation_windows(checkpoint.tokenizer(), args.corpora, DOMAINS, args.windows, LENGTH)
+    rows = read_log(args.log)
+    dense_key = f"dense|{args.windows}"
+    if dense_key not in rows:
+        note(args.log, rows, dense_key, {"losses": losses(model, windows), "seconds": 0.0})
+    dense = rows[dense_key]["losses"]
+    click.echo(f"dense perplexity: {', '.join(f'{n} {math.exp(v):.2f}' for n, v in dense.items())}")
+    for run in TABLES[args.table](args):
+        key = f"{run.key}|{args.windows}"
+        if key not in rows:
+            note(args.log, rows, key, measure(run, model, checkpoint, args.corpora, windows))
+        click.echo(line(run, rows[key], dense))
+
+
+def measure(run: Run, model: Llama, checkpoint: Checkpoint, folder: Path, windows: CalibrationSet) -> dict[str, object]:
+    """Prune and measure."""
+    text = calibration_set(checkpoint.tokenizer(), folder, run.domains, run.tokens, LENGTH, run.request.seed)
+    started = time.monotonic()
+    choice = METHODS[run.method](model, text, run.request)
+    seconds = time.monotonic() - started
+    return {"losses": losses(apply_choice(model, choice).build(LENGTH), windows), "seconds": seconds}
+
+
+def losses(model: Llama, windows: CalibrationSet) -> dict[str, float]:
+    """Nats per token by domain, fp32."""
+    return {name: mean_loss(model, list(torch.split(rows, 8))) for name, rows in windows.domains}
+
+
+def line(run: Run, row: dict[str, object], dense: dict[str, float]) -> str:
+    """One row as text: perplexities, ratios to dense, worst and geometric mean."""
+    found = row["losses"]
+    assert isinstance(found, dict)
+    added = {name: found[name] - dense[name] for name in dense}
+    cells = "  ".join(f"{math.exp(found[n]):8.2f} ({math.exp(a):6.3f})" for n, a in added.items())
+    mean = math.exp(sum(added.values()) / len(added))
+    label = f"{run.label} seed {run.request.seed}"
+    return f"{label:24} {cells}  worst {math.exp(max(added.values())):.3f}  mean {mean:.4f}  {row['seconds']:.0f} s"
+
+
+def read_log(path: Path) -> dict[str, dict[str, object]]:
+    """Rows by key."""
+    if not path.exists():
+        return {}
+    records: Sequence[dict[str, object]] = [json.loads(text) for text in path.read_text().splitlines()]
+    return {str(r["key"]): r for r in records}
+
+
+def note(path: Path, rows: dict[str, dict[str, object]], key: str, row: dict[str, object]) -> None:
+    """Append a row to the log."""
+    rows[key] = {"key": key, **row}
+    with path.open("a") as file:
+        file.write(json.dumps(rows[key]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
