@@ -1,0 +1,182 @@
+"""The shipped ladder measured: handover and repair, the planner against simple ladders, and the price of nesting.
+
+    python benchmarks/ladder.py --corpora FOLDER --device orin --budgets 9,7,5J
+
+For every budget, continuation losses (nats per token added to the dense model's, after a prompt of 128 of 256 tokens)
+on documents that neither calibration nor the search has seen, all at predicted joules within the same budget:
+
+    throughout   the tier runs prompt and answer, repaired for that
+    handed over  the same tier answers behind the cache of t0
+    repaired     the tier repaired on the cache it inherits: what a bundle ships
+    depth, width, uniform   only layers / only FFN and KV units by their curves / the same share everywhere, repaired
+    independent  the same search without nesting, every matrix its own
+
+Calibration is the built-in text, as in `eopc build`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import torch
+from corpora import add_corpora_option, evaluation_windows
+
+from eopc_compiler.cache import StageCache
+from eopc_compiler.calibration import Batch
+from eopc_compiler.handover import ContinuationLoss, apply_repair, repair_tier
+from eopc_compiler.ladder import Mask, full_mask, keep_shares
+from eopc_compiler.model import Llama
+from eopc_compiler.pipeline import (
+    choose_dialect,
+    choose_precision,
+    deployed_model,
+    load_checkpoint,
+    observe_dense,
+    plan_energy,
+    plan_tiers,
+    read_calibration,
+    reference_energy,
+    repair,
+    run_passes,
+)
+from eopc_compiler.planner import shrink_to_budget
+from eopc_compiler.sequences import fast_math, next_token_losses, run_blocks
+from eopc_compiler.state import BuildArgs, CompileState
+from eopc_compiler.tier_model import tier_view
+from eopc_runtime.profiles import load_profile
+from eopc_runtime.units import format_energy, parse_budgets
+
+DOMAINS, LENGTH, PROMPT = ("wiki", "code", "maths"), 256, 128
+PASSES = (load_checkpoint, choose_dialect, read_calibration, observe_dense, choose_precision, plan_tiers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_corpora_option(parser)
+    parser.add_argument("--model")
+    parser.add_argument("--device", default="orin")
+    parser.add_argument("--budgets", default="9,7,5J")
+    parser.add_argument("--precision", default="int8")
+    parser.add_argument("--search-seconds", type=float, default=40.0)
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--work", type=Path, help="keeps stages between runs")
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    folder = options.work or Path(tempfile.mkdtemp())
+    args = BuildArgs(
+        model=options.model,
+        device=options.device,
+        budgets_j=parse_budgets(options.budgets),
+        output=folder / "ladder.eopc",
+        precision=(options.precision,),
+        search_seconds=options.search_seconds,
+    )
+    state = run_passes(
+        CompileState(args, StageCache(folder / ".work", True), load_profile(args.device), click.echo, _no), PASSES
+    )
+    assert state.checkpoint and state.storage
+    model = deployed_model(state, state.storage)
+    text = evaluation_windows(state.checkpoint.tokenizer(), options.corpora, DOMAINS, options.windows, LENGTH)
+    held_out = ContinuationLoss(model, text.batches(), PROMPT)
+    dense = held_out.of_mask(full_mask(state.config))
+    _row("dense", dict.fromkeys(dense, 0.0), reference_energy(state, full_mask(state.config), state.storage))
+    for index, tier in enumerate(state.plan[1:], start=1):
+        assert tier.budget_j is not None
+        click.echo(f"t{index}, {format_energy(tier.budget_j)}: {_kept(state, tier.mask)}")
+        for name, mask, losses in variants(state, model, tier.mask, tier.budget_j, held_out, text.batches()):
+            price = reference_energy if name == "throughout" else plan_energy
+            _row(name, {d: losses[d] - dense[d] for d in dense}, price(state, mask, state.storage), _kept(state, mask))
+
+
+def variants(
+    state: CompileState, model: Llama, mask: Mask, budget_j: float, held_out: ContinuationLoss, text: Sequence[Batch]
+) -> list[tuple[str, Mask, dict[int, float]]]:
+    """(name, mask, continuation loss by domain) of everything compared at one budget."""
+    assert state.storage and state.observations and state.calibration
+    storage, batches = state.storage, state.calibration.batches()
+    every = range(len(model.blocks))
+
+    def price(candidate: Mask) -> float:
+        return plan_energy(state, candidate, storage)
+
+    def shipped(candidate: Mask) -> dict[int, float]:
+        return held_out.of_tier(repair(state, model, candidate)[0], candidate)
+
+    own_cache, changes = repair_tier(model, mask, batches, 0, every)
+    repaired, _ = repair_tier(model, mask, batches, state.args.prompt_part, every)
+    rows = [
+        ("throughout", mask, throughout(own_cache, text)),
+        ("handed over", mask, held_out.of_tier(apply_repair(tier_view(model, mask), mask, changes), mask)),
+        ("repaired, all", mask, held_out.of_tier(repaired, mask)),
+        ("repaired", mask, shipped(mask)),
+    ]
+    for name, candidate in simple_ladders(state, budget_j).items():
+        if candidate is None:
+            click.echo(f"  {name:14} cannot reach {format_energy(budget_j)}")
+        else:
+            assert price(candidate) <= budget_j
+            rows.append((name, candidate, shipped(candidate)))
+    alone = plan_tiers(replace(state, args=replace(state.args, budgets_j=(budget_j,), independent=True))).plan[-1].mask
+    free = repair(replace(state, args=replace(state.args, independent=True)), model, alone)[0]
+    rows.append(("independent", alone, held_out.of_tier(free, alone)))
+    return rows
+
+
+def simple_ladders(state: CompileState, budget_j: float) -> dict[str, Mask | None]:
+    """Masks within the budget: by depth alone, by width alone, and with the same share of width everywhere."""
+    assert state.storage and state.observations
+    curves, storage, full = state.observations.curves, state.storage, full_mask(state.config)
+
+    def price(mask: Mask) -> float:
+        return plan_energy(state, mask, storage)
+
+    def fits(mask: Mask) -> bool:
+        return price(mask) <= budget_j
+
+    order = sorted(full.layers, key=lambda d: curves[d.source_layer].influence)
+    depths = [Mask(tuple(d for d in full.layers if d not in order[:k])) for k in range(len(order))]
+    align = state.align
+    steps = range(max(d.intermediate_size for d in full.layers) // align)
+    widths = [
+        Mask(tuple(replace(d, intermediate_size=max(align, d.intermediate_size - k * align)) for d in full.layers))
+        for k in steps
+    ]
+    return {
+        "depth": next((m for m in depths if fits(m)), None),
+        "width": shrink_to_budget(full, budget_j, curves, price, align),
+        "uniform": next((m for m in widths if fits(m)), None),
+    }
+
+
+def throughout(tier: Llama, batches: Sequence[Batch]) -> dict[int, float]:
+    """Continuation loss by domain of a tier that has run the prompts itself."""
+    totals: dict[int, list[float]] = {}
+    for batch in batches:
+        with fast_math():
+            hidden = run_blocks(tier, batch.tokens)
+            losses = next_token_losses(tier, hidden[:, PROMPT:], batch.tokens[:, PROMPT:])
+        totals.setdefault(batch.domain, []).extend(losses.flatten().tolist())
+    return {domain: sum(values) / len(values) for domain, values in totals.items()}
+
+
+def _kept(state: CompileState, mask: Mask) -> str:
+    shares = keep_shares(state.config, mask)
+    return f"{len(mask.layers)} layers, {shares['kv_groups']:.0%} of KV groups, {shares['ffn']:.0%} of FFN"
+
+
+def _row(name: str, added: dict[int, float], joules: float, kept: str = "") -> None:
+    cells = "  ".join(f"{DOMAINS[d]} +{v:.3f}" for d, v in sorted(added.items()))
+    click.echo(f"  {name:14} {joules:6.3f} J  {cells}  mean +{sum(added.values()) / len(added):.3f}  {kept}")
+
+
+def _no(_text: str) -> None:
+    """Progress is the printed rows."""
+
+
+if __name__ == "__main__":
+    main()
