@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -30,6 +31,7 @@ from eopc_compiler.model import Llama, build_model
 from eopc_compiler.prune import METHODS, apply_choice
 from eopc_compiler.prune_request import PruneRequest
 
+Row = dict[str, Any]  # key, losses by domain in nats per token, seconds
 DOMAINS = ("wiki", "code", "maths")
 LENGTH = 512
 
@@ -117,7 +119,7 @@ def main() -> None:
         click.echo(line(run, rows[key], dense))
 
 
-def measure(run: Run, model: Llama, checkpoint: Checkpoint, folder: Path, windows: CalibrationSet) -> dict[str, object]:
+def measure(run: Run, model: Llama, checkpoint: Checkpoint, folder: Path, windows: CalibrationSet) -> Row:
     """Prune and measure."""
     text = calibration_set(checkpoint.tokenizer(), folder, run.domains, run.tokens, LENGTH, run.request.seed)
     started = time.monotonic()
@@ -131,10 +133,9 @@ def losses(model: Llama, windows: CalibrationSet) -> dict[str, float]:
     return {name: mean_loss(model, list(torch.split(rows, 8))) for name, rows in windows.domains}
 
 
-def line(run: Run, row: dict[str, object], dense: dict[str, float]) -> str:
+def line(run: Run, row: Row, dense: dict[str, float]) -> str:
     """One row as text: perplexities, ratios to dense, worst and geometric mean."""
     found = row["losses"]
-    assert isinstance(found, dict)
     added = {name: found[name] - dense[name] for name in dense}
     cells = "  ".join(f"{math.exp(found[n]):8.2f} ({math.exp(a):6.3f})" for n, a in added.items())
     mean = math.exp(sum(added.values()) / len(added))
@@ -142,15 +143,15 @@ def line(run: Run, row: dict[str, object], dense: dict[str, float]) -> str:
     return f"{label:24} {cells}  worst {math.exp(max(added.values())):.3f}  mean {mean:.4f}  {row['seconds']:.0f} s"
 
 
-def read_log(path: Path) -> dict[str, dict[str, object]]:
+def read_log(path: Path) -> dict[str, Row]:
     """Rows by key."""
     if not path.exists():
         return {}
-    records: Sequence[dict[str, object]] = [json.loads(text) for text in path.read_text().splitlines()]
+    records: Sequence[Row] = [json.loads(text) for text in path.read_text().splitlines()]
     return {str(r["key"]): r for r in records}
 
 
-def note(path: Path, rows: dict[str, dict[str, object]], key: str, row: dict[str, object]) -> None:
+def note(path: Path, rows: dict[str, Row], key: str, row: Row) -> None:
     """Append a row to the log."""
     rows[key] = {"key": key, **row}
     with path.open("a") as file:
