@@ -42,14 +42,16 @@ def hits(table: dict[str, float], method: str) -> int:
     return sum(result.loss <= fourth_best(table) for result in results)
 
 
-def test_the_default_search_finds_one_of_the_best_four_in_a_tenth_of_the_space(table: dict[str, float]) -> None:
-    """In at least 16 of 20 seeds; a searcher that succeeds as often as chance (34 %) would, with P < 0.0001."""
-    assert hits(table, "evolve") >= 16
+def test_the_default_search_finds_one_of_the_best_four_in_a_tenth_of_the_space(
+    tables: tuple[dict[str, float], ...],
+) -> None:
+    """In at least 16 of 20 seeds on each table; whoever succeeds as often as chance (34 %) would with P < 0.0001."""
+    assert all(hits(table, "evolve") >= 16 for table in tables)
 
 
-def test_chance_does_not_find_them_that_often(table: dict[str, float]) -> None:
-    """The bar is not passed by anybody: random draws stay at their binomial (6.8 of 20; above 12 with P = 0.004)."""
-    assert hits(table, "random") <= 12
+def test_chance_does_not_find_them_that_often(tables: tuple[dict[str, float], ...]) -> None:
+    """The bar is not passed by anybody: random draws find them in about 34 % of 60 cases (20.6; 35 with P < 0.001)."""
+    assert sum(hits(table, "random") for table in tables) <= 34
 
 
 def test_the_genetic_search_beats_chance(table: dict[str, float]) -> None:
@@ -133,15 +135,18 @@ def test_the_result_has_seen_all_tokens_even_if_the_budget_is_tiny(table: dict[s
     assert result.evaluations == 5 and (result.pattern.bits, 2) in source.scored
 
 
-def test_immigrants_free_a_search_from_a_trap() -> None:
-    """All patterns near the start are worse than it; only far from it is something better, and it is found."""
-    space = Space(12, 3)
-    table = {p.bits: 1.0 + 0.1 * len(set(p.removed) - {0, 1, 2}) for p in space}
-    table[space.pattern((7, 9, 11)).bits] = 0.0
-    settings = EvolveSettings(founders=4, elite=1, bred=30, children=4, patience=1, prior_share=0.0)
-    tally = Tally(Fitness(table), space, evaluations=space.size)
-    evolve(tally, random.Random(0), settings)
-    assert tally.best == space.pattern((7, 9, 11))
+@pytest.mark.parametrize(("patience", "far"), [(1, True), (10**9, False)])
+def test_immigrants_come_where_nothing_improves(patience: int, far: bool) -> None:
+    """Once the best of a smooth space is found, mutants stay within three swaps of it; immigrants do not."""
+    space, best = Space(16, 5), {0, 1, 2, 3, 4}
+    fitness = Fitness({p.bits: 5.0 - len(best & set(p.removed)) for p in space})
+    asked: list[str] = []
+    fitness.on_loss = lambda bits, stage, loss: asked.append(bits)
+    settings = EvolveSettings(elite=1, patience=patience, prior_share=0.0)
+    evolve(Tally(fitness, space, 400), random.Random(0), settings)
+    after = asked[asked.index("1" * 5 + "0" * 11) + settings.children :]  # its own generation had other parents
+    assert len(after) > 100
+    assert any(bits[:5].count("1") < 2 for bits in after) == far
 
 
 def test_screening_spares_evaluations(table: dict[str, float]) -> None:
@@ -151,10 +156,7 @@ def test_screening_spares_evaluations(table: dict[str, float]) -> None:
         total = 0
         for seed in range(10):
             tally = Tally(Fitness(table), Space(30, 3), TENTH)
-            with pytest.raises(BudgetSpentError):
-                tally.losses([])
-                evolve(tally, random.Random(seed), EvolveSettings(screen=screen))
-                raise BudgetSpentError
+            evolve(tally, random.Random(seed), EvolveSettings(screen=screen))
             total += next((n for n, loss in tally.history if loss <= fourth_best(table)), 2 * TENTH)
         return total
 
