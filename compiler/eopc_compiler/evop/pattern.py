@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.pruned import KeptLayer
@@ -72,21 +72,19 @@ class Space:
     remove: int
     sub_blocks: bool = False
     protected: frozenset[int] = frozenset()
+    # the removable units of each kind: of layers, or of attentions and of FFNs
+    kinds: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """UsageError unless there are enough layers to remove, and one left to keep."""
-        free = len(set(range(self.layers)) - self.protected)
-        if not 0 < self.remove <= free or self.remove >= self.layers:
-            raise UsageError(
-                f"{self.remove} of {self.layers} layers cannot be removed ({free} are free to go). Remove at "
-                f"least 1 and at most {min(free, self.layers - 1)}."
-            )
-
-    @property
-    def kinds(self) -> tuple[tuple[int, ...], ...]:
-        """The removable units of each kind: of layers, or of attentions and of FFNs."""
         free = [layer for layer in range(self.layers) if layer not in self.protected]
-        return tuple(tuple(self.layers * kind + layer for layer in free) for kind in range(1 + self.sub_blocks))
+        if not 0 < self.remove <= len(free) or self.remove >= self.layers:
+            raise UsageError(
+                f"{self.remove} of {self.layers} layers cannot be removed ({len(free)} are free to go). Remove at "
+                f"least 1 and at most {min(len(free), self.layers - 1)}."
+            )
+        kinds = tuple(tuple(self.layers * kind + layer for layer in free) for kind in range(1 + self.sub_blocks))
+        object.__setattr__(self, "kinds", kinds)  # once: searchers ask for it at every step
 
     @property
     def units(self) -> tuple[int, ...]:

@@ -55,7 +55,13 @@ def synthetic_table(seed: int, layers: int = 30, most: int = 3) -> dict[str, flo
     return table
 
 
-@pytest.fixture(scope="session", params=[0, 1, 2])
-def table(request: pytest.FixtureRequest) -> dict[str, float]:
-    """Three synthetic tables of 30 + 435 + 4,060 losses."""
-    return synthetic_table(request.param)
+@pytest.fixture(scope="session")
+def table() -> dict[str, float]:
+    """A synthetic table of 30 + 435 + 4,060 losses."""
+    return synthetic_table(0)
+
+
+@pytest.fixture(scope="session")
+def tables(table: dict[str, float]) -> tuple[dict[str, float], ...]:
+    """Three such tables."""
+    return table, synthetic_table(1), synthetic_table(2)
