@@ -7,10 +7,13 @@ measured reason: units are ranked by what the *repaired* layer loses (OBS) and n
 measured in nats through the Fisher information of the residual stream, so that the global choice needs no z-scores; and
 kept columns are re-fitted by least squares.
 
-    for s = 1..S
+    for s = 1..S, each with windows of its own
         choose how much every layer loses by then: least loss added per cost saved, from the last step's curves
-        from the first layer up: moments of the inputs, behind the already cut layers below
-                                 remove, repair, record the curve for the next step
+        from the first layer up: moments of the inputs, behind the already cut layers below, added to earlier steps'
+                                 remove, re-fit the dense map to what is left, record the curve for the next step
+
+Two habits made iteration lose to one step, and are avoided: fitting what the last step had fitted (errors of small
+samples pile up), and giving every step the same windows (it learns them by heart).
 """
 
 from __future__ import annotations
@@ -24,9 +27,9 @@ from torch import Tensor, nn
 
 from eopc_compiler.allocate import KINDS, Counts, Curve, Key, Kind, allocate, uniform_counts
 from eopc_compiler.calibration import Batch
-from eopc_compiler.config import LlamaConfig
+from eopc_compiler.config import LayerDims
 from eopc_compiler.model import Block, Llama, Projection
-from eopc_compiler.pruned import Choice, KeptLayer, keep_all, unit_columns
+from eopc_compiler.pruned import Choice, KeptLayer, unit_columns
 from eopc_compiler.sensitivity import LayerMetrics, output_metrics
 from eopc_compiler.sequences import attend, fast_math
 from eopc_compiler.surgery import (
@@ -40,6 +43,7 @@ from eopc_compiler.surgery import (
     wifv_removals,
 )
 
+OUTPUTS: dict[Kind, str] = {"kv_groups": "self_attn.o_proj", "ffn": "mlp.down_proj"}  # whose inputs are the units
 BATCH_WINDOWS = 8  # that are in memory at a time
 
 Report = Callable[[str, int, int], None]  # what, done, total
@@ -58,24 +62,32 @@ class Settings:
     use_metric: bool = True  # Fisher information; else squared error relative to the layer's output
     within: bool = False  # V_within in place of V_total
     uniform: bool = False  # the same count in every layer
-    pull: float = 0.0  # share of the residual stream's error so far that a layer's repair makes up for
-    refit: bool = False  # re-fit every output map, also where nothing is removed
     damping: float = DAMPING
     metric_sequences: int = 12  # the Fisher information needs far fewer than the covariances
     seed: int = 0
 
 
 class _Layer:
-    """One layer of the working copy and what is left of it."""
+    """One layer of the working copy and what is left of it; maps keep their full width until the end."""
 
-    def __init__(self, block: Block, kept: KeptLayer) -> None:
-        self.block, self.source = block, kept.source_layer
-        self.left = {"kv_groups": list(kept.kv_groups), "ffn": list(kept.ffn_channels)}
-        self.cut: set[Kind] = set()
+    def __init__(self, block: Block, dims: LayerDims) -> None:
+        self.block, self.source = block, dims.source_layer
+        self.left: dict[Kind, list[int]] = {
+            "kv_groups": list(range(dims.num_key_value_heads)),
+            "ffn": list(range(dims.intermediate_size)),
+        }
+        self.units = {kind: len(units) for kind, units in self.left.items()}
 
     def output(self, kind: Kind) -> Projection:
         """The map whose inputs are the units."""
         return self.block.self_attn.o_proj if kind == "kv_groups" else self.block.mlp.down_proj
+
+    def columns(self, kind: Kind) -> Tensor:
+        """Inputs of that map that are left, ascending."""
+        return unit_columns(self.left[kind], self.output(kind).weight.shape[1] // self.units[kind])
+
+    def is_cut(self, kind: Kind) -> bool:
+        return len(self.left[kind]) < self.units[kind]
 
 
 def prune_iteratively(
@@ -128,9 +140,8 @@ class _Run:
         report: Report | None,
     ) -> None:
         self.settings, self.cost, self.batches, self.report = settings, cost, batches, report
-        self.config: LlamaConfig = model.config
         self.dense, self.model = model, working_copy(model)
-        self.layers = [_Layer(b, k) for b, k in zip(self.model.blocks, keep_all(model.config), strict=True)]
+        self.layers = [_Layer(b, d) for b, d in zip(self.model.blocks, model.config.layers, strict=True)]
         self.domains = 1 + max(domain for domain, _, _ in batches)
         self.metrics = self._metrics()
         self.units = {"kv_groups": 1, "ffn": settings.align}  # units that go at a time
@@ -148,18 +159,13 @@ class _Run:
         """What is kept, ascending, and the changed tensors in the same order."""
         kept, changed = [], dict[str, Tensor]()
         for layer in self.layers:
-            orders = {}
-            for kind, name in (("kv_groups", "self_attn.o_proj"), ("ffn", "mlp.down_proj")):
-                left = layer.left[kind]
-                orders[kind] = sorted(range(len(left)), key=left.__getitem__)
-                if kind in layer.cut:
-                    output = layer.output(kind)
-                    columns = unit_columns(orders[kind], output.weight.shape[1] // len(left))
-                    prefix = f"model.layers.{layer.source}.{name}"
-                    changed[f"{prefix}.weight"] = output.weight.data[:, columns].contiguous()
+            for kind in KINDS:
+                if layer.is_cut(kind):
+                    output, prefix = layer.output(kind), f"model.layers.{layer.source}.{OUTPUTS[kind]}"
                     assert output.bias is not None
+                    changed[f"{prefix}.weight"] = output.weight.data[:, layer.columns(kind)].contiguous()
                     changed[f"{prefix}.bias"] = output.bias.data
-            kept.append(KeptLayer(layer.source, *(tuple(sorted(layer.left[k])) for k in ("kv_groups", "ffn"))))
+            kept.append(KeptLayer(layer.source, *(tuple(layer.left[kind]) for kind in KINDS)))
         return Choice(tuple(kept), changed)
 
     def _counts(self, ratio: float, what: str) -> Counts:
@@ -176,54 +182,42 @@ class _Run:
 
     @torch.no_grad()
     def _sweep(self, counts: Counts, what: str) -> None:
-        """From the first layer up: cut what `counts` says, and record what going on would cost."""
-        hidden = [self.model.model.embed_tokens(tokens) for _, _, tokens in self.batches]
-        dense = list(hidden) if self.settings.pull else []
+        """From the first layer up: cut what `counts` says, re-fit, and record what going on would cost."""
+        hidden = [self.model.model.embed_tokens(batch.tokens) for batch in self.batches]
         for index, layer in enumerate(self.layers):
             for kind in KINDS:
                 if not layer.left[kind]:
                     continue
-                dense = [self._ahead(self.dense, self.dense.blocks[index], kind, x) for x in dense]
-                inputs = [self._inputs(self.model, layer.block, kind, x) for x in hidden]
-                self._operate(index, kind, inputs, hidden, dense, counts)
+                inputs = [self._inputs(layer.block, kind, x) for x in hidden]
+                if kind in self.settings.kinds:
+                    self._operate(index, kind, inputs, counts.get((index, kind), 0))
                 hidden = [self._add(x, layer.output(kind), z) for x, z in zip(hidden, inputs, strict=True)]
             if self.report:
                 self.report(what, index + 1, len(self.layers))
 
-    def _operate(
-        self, index: int, kind: Kind, inputs: list[Tensor], hidden: list[Tensor], dense: list[Tensor], counts: Counts
-    ) -> None:
-        """Remove and repair; `inputs` are narrowed in place to what is kept."""
-        refit = self.settings.refit and bool(counts)
-        if kind not in self.settings.kinds and not refit:
-            return
-        layer = self.layers[index]
-        output, count = layer.output(kind), counts.get((index, kind), 0)
-        moments = self._moments((index, kind), inputs, output, hidden, dense)
-        units = len(layer.left[kind])
-        width = output.weight.shape[1] // units
-        gone = set[int]()
-        if kind in self.settings.kinds:
-            ahead = min(units - self.units[kind], count + self._horizon(units, kind))
-            removals = self._removals(index, kind, output, moments, width, ahead)
-            done = removals.errors[count - 1] if count else 0.0
-            at_once = self.units[kind]
-            self.curves[index, kind] = tuple(e - done for e in removals.errors[count + at_once - 1 :: at_once])
-            gone = set(removals.units[:count])
-        if not gone and not refit:
-            return
-        kept = [u for u in range(units) if u not in gone]
-        columns = unit_columns(kept, width)
-        fit = repair if self.settings.repair else compensate
-        fitted = fit(moments, output.weight, columns)
-        output.weight, output.bias = (nn.Parameter(t.float(), requires_grad=False) for t in fitted)
-        layer.cut.add(kind)
-        if gone:
-            narrow(self.config, layer.block, kind, kept)
-            layer.left[kind] = [layer.left[kind][u] for u in kept]
-            inputs[:] = [x[..., columns] for x in inputs]
-            if (index, kind) in self.sums:
-                self.sums[index, kind].restrict(columns)
+    def _operate(self, index: int, kind: Kind, inputs: list[Tensor], count: int) -> None:
+        """Remove `count` units and re-fit the map, always from the dense one, so that fits do not drift."""
+        layer, dense = self.layers[index], self._dense_output(index, kind)
+        output, at_once = layer.output(kind), self.units[kind]
+        moments = self._moments((index, kind), inputs, dense)
+        units, columns = layer.left[kind], layer.columns(kind)
+        ahead = min(len(units) - at_once, count + self._horizon(len(units), kind))
+        removals = self._removals(index, kind, output.weight.data[:, columns], moments.restricted(columns), ahead)
+        done = removals.errors[count - 1] if count else 0.0
+        self.curves[index, kind] = tuple(e - done for e in removals.errors[count + at_once - 1 :: at_once])
+        gone = set(removals.units[:count])
+        layer.left[kind] = [u for i, u in enumerate(units) if i not in gone]
+        if layer.is_cut(kind):
+            fit = repair if self.settings.repair else compensate
+            fitted, bias = fit(moments, dense.weight, layer.columns(kind))
+            weight = torch.zeros_like(dense.weight)
+            weight[:, layer.columns(kind)] = fitted.float()
+            output.weight = nn.Parameter(weight, requires_grad=False)
+            output.bias = nn.Parameter(bias.float(), requires_grad=False)
+
+    def _dense_output(self, index: int, kind: Kind) -> Projection:
+        block = self.dense.blocks[index]
+        return block.self_attn.o_proj if kind == "kv_groups" else block.mlp.down_proj
 
     def _horizon(self, units: int, kind: Kind) -> int:
         """How far ahead curves must reach: a layer may lose up to three times the average of a step, and some."""
@@ -231,59 +225,39 @@ class _Run:
         at_once = self.units[kind]
         return at_once * (1 + -int(-min(0.9, 3 * share + 0.1) * units // at_once))
 
-    def _removals(
-        self, index: int, kind: Kind, output: Projection, moments: Moments, width: int, count: int
-    ) -> Removals:
+    def _removals(self, index: int, kind: Kind, weight: Tensor, moments: Moments, count: int) -> Removals:
+        """The next units to go, counted among those that are left."""
         metric = self.metrics[index].attention if kind == "kv_groups" else self.metrics[index].ffn
         if not self.settings.use_metric:  # error relative to what the sub-block adds
-            power = torch.einsum("oi,ij,oj->", output.weight.double(), moments.covariance, output.weight.double())
+            power = torch.einsum("oi,ij,oj->", weight.double(), moments.covariance, weight.double())
             metric = torch.eye(len(metric), dtype=metric.dtype) / power
+        width = weight.shape[1] // len(self.layers[index].left[kind])
         if self.settings.importance == "wifv":
-            return wifv_removals(output.weight, moments.covariance, metric, width, count)
-        at_once = self.units[kind]
-        damping = self.settings.damping
-        return obs_removals(output.weight, moments.covariance, metric, width, count, at_once, damping)
+            return wifv_removals(weight, moments.covariance, metric, width, count)
+        damping, at_once = self.settings.damping, self.units[kind]
+        return obs_removals(weight, moments.covariance, metric, width, count, at_once, damping)
 
-    def _moments(
-        self, key: Key, inputs: list[Tensor], output: Projection, hidden: list[Tensor], dense: list[Tensor]
-    ) -> Moments:
-        """Moments of a map's inputs, of this step and all before it, against its own output.
-
-        The output is moved by `pull` times the error of the residual stream, which only this step can tell.
-        """
-        width, pull = output.weight.shape[1], self.settings.pull
-        sums = MomentSums(width, 0, self.domains)
-        errors = MomentSums(width, output.weight.shape[0] if pull else 0, self.domains)
-        for i, ((domain, weight, _), x) in enumerate(zip(self.batches, inputs, strict=True)):
+    def _moments(self, key: Key, inputs: list[Tensor], dense: Projection) -> Moments:
+        """Moments of a map's inputs, of this step and all before it, against the dense map's output of them."""
+        sums = MomentSums(dense.weight.shape[1], 0, self.domains)
+        for batch, x in zip(self.batches, inputs, strict=True):
             rows = x.flatten(0, 1)
-            sums.add(rows, rows[:, :0], domain, weight)
-            if pull:
-                errors.add(rows, pull * (dense[i] - hidden[i] - output(x)).flatten(0, 1), domain, weight)
+            sums.add(rows, rows[:, :0], batch.domain, batch.weight)
         if earlier := self.sums.get(key):
             sums.merge(earlier)
         if self.settings.steps > 1:
             self.sums[key] = sums
-        seen, matrix = sums.moments(self.settings.within), output.weight.double()
-        mean, cross = matrix @ seen.mean, matrix @ seen.covariance
-        if output.bias is not None:
-            mean = mean + output.bias.double()
-        if pull:
-            apart = errors.moments()
-            mean, cross = mean + apart.target_mean, cross + apart.cross
-        return Moments(seen.mean, seen.covariance, mean, cross)
+        seen, weight = sums.moments(self.settings.within), dense.weight.double()
+        mean = weight @ seen.mean if dense.bias is None else weight @ seen.mean + dense.bias.double()
+        return Moments(seen.mean, seen.covariance, mean, weight @ seen.covariance)
 
-    def _inputs(self, model: Llama, block: Block, kind: Kind, x: Tensor) -> Tensor:
+    def _inputs(self, block: Block, kind: Kind, x: Tensor) -> Tensor:
         """What o_proj or down_proj of a block reads."""
         with fast_math():
             if kind == "kv_groups":
-                return attend(model, block, block.input_layernorm(x)).float()
+                return attend(self.model, block, block.input_layernorm(x)).float()
             inputs: Tensor = block.mlp.hidden(block.post_attention_layernorm(x))
         return inputs.float()
-
-    def _ahead(self, model: Llama, block: Block, kind: Kind, x: Tensor) -> Tensor:
-        """The residual stream behind one sub-block."""
-        output = block.self_attn.o_proj if kind == "kv_groups" else block.mlp.down_proj
-        return self._add(x, output, self._inputs(model, block, kind, x))
 
     def _add(self, x: Tensor, output: Projection, inputs: Tensor) -> Tensor:
         with fast_math():
@@ -311,22 +285,3 @@ def working_copy(model: Llama) -> Llama:
         setattr(copy.get_submodule(owner), leaf, nn.Parameter(parameter.data, requires_grad=False))
     copy.cos, copy.sin = model.get_buffer("cos"), model.get_buffer("sin")
     return copy
-
-
-def narrow(config: LlamaConfig, block: Block, kind: Kind, kept: Sequence[int]) -> None:
-    """Drop the maps that feed removed units, in a checkpoint-form block; the output map is the caller's."""
-    if kind == "ffn":
-        rows = {"gate_proj": unit_columns(kept, 1), "up_proj": unit_columns(kept, 1)}
-        owner: nn.Module = block.mlp
-        block.mlp.width = len(kept)
-    else:
-        head = config.head_dim
-        rows = {"q_proj": unit_columns(kept, config.query_group_size * head)}
-        rows |= dict.fromkeys(("k_proj", "v_proj"), unit_columns(kept, head))
-        owner = block.self_attn
-        block.self_attn.kv_heads, block.self_attn.q_heads = len(kept), len(kept) * config.query_group_size
-    for name, index in rows.items():
-        projection = owner.get_submodule(name)
-        for leaf in ("weight", "bias"):
-            if (value := getattr(projection, leaf)) is not None:
-                setattr(projection, leaf, nn.Parameter(value.data[index], requires_grad=False))

@@ -64,18 +64,12 @@ class MomentSums:
         self._weight[domain] += weight * len(x)
 
     def merge(self, earlier: MomentSums) -> None:
-        """Add the sums of earlier batches; their targets only where this one has targets."""
+        """Add the sums of earlier batches."""
         self._square += earlier._square
         self._sum += earlier._sum
         self._weight += earlier._weight
-        if len(self._target):
-            self._cross += earlier._cross
-            self._target += earlier._target
-
-    def restrict(self, columns: Tensor) -> None:
-        """Forget all inputs but these."""
-        self._square = self._square[columns][:, columns]
-        self._cross, self._sum = self._cross[:, columns], self._sum[:, columns]
+        self._cross += earlier._cross
+        self._target += earlier._target
 
     def moments(self, within: bool = False) -> Moments:
         """Moments of the mixture: its total variance, or with `within` only the mean variance inside the domains.
