@@ -208,10 +208,13 @@ class _Run:
         gone = set(removals.units[:count])
         layer.left[kind] = [u for i, u in enumerate(units) if i not in gone]
         if layer.is_cut(kind):
-            fit = repair if self.settings.repair else compensate
-            fitted, bias = fit(moments, dense.weight, layer.columns(kind))
+            kept = layer.columns(kind)
+            if self.settings.repair:
+                fitted, bias = repair(moments, dense.weight, kept, self.settings.damping)
+            else:
+                fitted, bias = compensate(moments, dense.weight, kept)
             weight = torch.zeros_like(dense.weight)
-            weight[:, layer.columns(kind)] = fitted.float()
+            weight[:, kept] = fitted.float()
             output.weight = nn.Parameter(weight, requires_grad=False)
             output.bias = nn.Parameter(bias.float(), requires_grad=False)
 
