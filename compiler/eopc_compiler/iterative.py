@@ -11,6 +11,7 @@ kept columns are re-fitted by least squares.
         choose how much every layer loses by then: least loss added per cost saved, from the last step's curves
         from the first layer up: moments of the inputs, behind the already cut layers below, added to earlier steps'
                                  remove, re-fit the dense map to what is left, record the curve for the next step
+    once more over all windows: re-fit, nothing removed
 
 Two habits made iteration lose to one step, and are avoided: fitting what the last step had fitted (errors of small
 samples pile up), and giving every step the same windows (it learns them by heart).
@@ -109,6 +110,8 @@ def prune_iteratively(
     run = _Run(model, batches, settings, cost, report)
     for step, windows in enumerate(deal(batches, settings.steps), start=1):
         run.step(windows, settings.ratio * step / settings.steps, f"step {step}/{settings.steps}")
+    if settings.steps > 1:
+        run.settle(batches)
     return run.choice()
 
 
@@ -154,6 +157,12 @@ class _Run:
         self.batches = windows
         counts = self._counts(ratio, what)
         self._sweep(counts, what)
+
+    def settle(self, windows: Sequence[Batch]) -> None:
+        """Re-fit everything once more on all windows, behind the model as it is in the end."""
+        self.batches = windows
+        self.sums.clear()
+        self._sweep({}, "settling")
 
     def choice(self) -> Choice:
         """What is kept, ascending, and the changed tensors in the same order."""
