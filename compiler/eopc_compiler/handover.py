@@ -70,7 +70,7 @@ class ContinuationLoss:
         totals, counts = dict[int, float](), dict[int, int]()
         start = self._shared(tier, mask)
         for index, (domain, _, tokens) in enumerate(self.batches):
-            x = self._inputs[index][mask.layers[start].source_layer if start < len(mask.layers) else -1]
+            x = self._inputs[index][start]  # behind the shared layers, whatever the tier leaves out after them
             with fast_math():
                 for dims, layer in list(zip(mask.layers, tier.blocks, strict=True))[start:]:
                     past = inherited(self._past[index][dims.source_layer], dims.num_key_value_heads)
@@ -86,11 +86,17 @@ class ContinuationLoss:
         for dims, whole, ours, theirs in zip(
             mask.layers, self.model.config.layers, tier.blocks, self.model.blocks, strict=False
         ):
-            same = ours.mlp.down_proj.weight.data_ptr() == theirs.mlp.down_proj.weight.data_ptr()
-            if dims != whole or not same or (ours.mlp.down_proj.bias is None) != (theirs.mlp.down_proj.bias is None):
+            if dims != whole or not _same(ours.mlp.down_proj, theirs.mlp.down_proj):
                 break
             count += 1
         return min(count, len(mask.layers) - 1)
+
+
+def _same(ours: Projection, theirs: Projection) -> bool:
+    """Whether a tier's map is the shared one: neither its matrix nor its bias is the tier's own."""
+    a, b = ours.bias, theirs.bias
+    biases = a is b if a is None or b is None else a.data_ptr() == b.data_ptr()
+    return biases and ours.weight.data_ptr() == theirs.weight.data_ptr()
 
 
 def inherited(past: Past, kv_heads: int) -> Past:
