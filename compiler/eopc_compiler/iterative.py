@@ -193,8 +193,10 @@ class _Run:
             return
         kept = [u for u in range(units) if u not in gone]
         columns = unit_columns(kept, width)
-        fit = repair if self.settings.repair else compensate
-        fitted = fit(moments, output.weight, columns)
+        if self.settings.repair:
+            fitted = repair(moments, output.weight, columns, self.settings.damping)
+        else:
+            fitted = compensate(moments, output.weight, columns)
         output.weight, output.bias = (nn.Parameter(t.float(), requires_grad=False) for t in fitted)
         layer.cut.add(kind)
         if gone:
