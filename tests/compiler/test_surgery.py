@@ -106,6 +106,15 @@ def test_an_identity_metric_is_none() -> None:
         assert triple.errors == pytest.approx([3 * e for e in plain.errors], rel=1e-4)
 
 
+def test_wide_units_that_are_gone_do_not_stop_the_rest() -> None:
+    """What rounding leaves of a removed group's block of the inverse is not solved for, whatever it is."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        x, weight = torch.randn(600, 128, generator=generator), torch.randn(8, 128, generator=generator)
+        removals = obs_removals(weight, moments_of(x, x).covariance, None, 32, 3)
+        assert len(set(removals.units)) == 3 and all(a < b for a, b in pairwise(removals.errors))
+
+
 def test_damping_makes_removals_dearer_than_they_are() -> None:
     """The ridge stands for inputs that cannot be told from the others: no error gets smaller."""
     x, weight = data()
