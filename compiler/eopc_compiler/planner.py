@@ -155,7 +155,7 @@ class _Search:
         while clock() < end:
             children = {self._mutate(kept) for kept in self._parents() for _ in range(self.CHILDREN // self.PARENTS)}
             fresh = [kept for kept in children if kept not in self.seen]
-            if not fresh and len(self.seen) > 2 ** min(20, len(self.above.layers)) // 2:
+            if not fresh and len(self.seen) >= 2 ** min(20, len(self.above.layers)) // 2:
                 break  # a tiny model: everything has been tried
             for kept in fresh:
                 self._judge(kept)

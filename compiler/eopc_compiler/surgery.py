@@ -127,7 +127,7 @@ def obs_removals(
     alive = torch.ones(units, dtype=torch.bool)
     order, errors, total = list[int](), list[float](), 0.0
     while len(order) < count:
-        scores = _unit_errors(left, inverse, width).masked_fill(~alive, torch.inf)
+        scores = _unit_errors(left, inverse, width, alive).masked_fill(~alive, torch.inf)
         chosen = torch.topk(scores, min(at_once, count - len(order)), largest=False, sorted=True).indices
         columns = unit_columns(chosen.tolist(), width)
         rows = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])  # (P_UU)⁻¹ P_U
@@ -175,16 +175,15 @@ def _scaled(weight: Tensor, metric: Tensor | None) -> Tensor:
     return scaled
 
 
-def _unit_errors(left: Tensor, inverse: Tensor, width: int) -> Tensor:
-    """What removing each unit alone would add, [units]."""
+def _unit_errors(left: Tensor, inverse: Tensor, width: int, alive: Tensor) -> Tensor:
+    """What removing each unit alone would add, [units]; of no meaning for units that are gone."""
     if width == 1:
         return left.pow(2).sum(0) / inverse.diagonal().clamp_min(torch.finfo(inverse.dtype).tiny)
     units = left.shape[1] // width
     index = torch.arange(units)
     blocks = inverse.view(units, width, units, width)[index, :, index]  # [units, width, width]
-    # a removed unit's block is zero; the identity keeps it solvable and its columns are zero anyway
-    empty = (blocks.diagonal(dim1=1, dim2=2).sum(1) <= 0)[:, None, None]
-    blocks = torch.where(empty, torch.eye(width, dtype=blocks.dtype), blocks)
+    # a removed unit's block is zero but for rounding, and could not be solved
+    blocks = torch.where(alive[:, None, None], blocks, torch.eye(width, dtype=blocks.dtype))
     parts = left.view(-1, units, width).permute(1, 2, 0)  # [units, width, out]
     errors: Tensor = (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
     return errors

@@ -28,6 +28,14 @@ TINY: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics in fp32 on every processor, so that tests can be sharp; a test of bfloat16 switches it back on."""
+    from eopc_compiler import sequences
+
+    monkeypatch.setattr(sequences, "native_bfloat16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def tiny_json() -> dict[str, Any]:
     """The config.json of the tiny model: 3 layers, 4 KV groups of 2 query heads x 16, explicit head_dim."""

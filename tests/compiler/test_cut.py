@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eopc_compiler.assemble import Storage, write_weights
+from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.cut import cut_weights
 from eopc_compiler.dialects import DIALECTS
@@ -39,8 +40,8 @@ def test_a_cut_file_is_the_file_written_for_the_ladder(
     """The same bytes at the same places, whatever the precision, the layout of scales, and with biases."""
     config, tensors = make_tiny(attention_bias=bias, mlp_bias=bias)
     tokens = [torch.randint(0, config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(3))]
-    observed = observe(build_model(config, tensors, CONTEXT), tokens)
-    orders = [s.order() for s in observed.scores]
+    observed = observe(build_model(config, tensors, CONTEXT), [Batch(0, 1.0, t) for t in tokens], 32)
+    orders = [s.order() for s in observed.curves]
     storage = Storage.choose(precision, dtype, DIALECTS[dialect], {config.hidden_size, 32}, 3, static)
     full = full_mask(config)
 

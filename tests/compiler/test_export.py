@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eopc_compiler import export as export_module
 from eopc_compiler.assemble import Storage, load_tier, write_weights
+from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.export import WeightTable, export_tier, trace
@@ -125,8 +126,8 @@ def write_ladder(
     dialect, dtype, precision = DIALECTS[kind[0]], kind[1], kind[2]
     generator = torch.Generator().manual_seed(3)
     calibration = [torch.randint(0, config.vocab_size, (4, 32), generator=generator)]
-    observed = observe(build_model(config, tensors, CONTEXT), calibration)
-    orders = [s.order() for s in observed.scores]
+    observed = observe(build_model(config, tensors, CONTEXT), [Batch(0, 1.0, t) for t in calibration], 32)
+    orders = [s.order() for s in observed.curves]
     static = precision.endswith("-static")
     precision = precision.removesuffix("-static")
     storage = Storage.choose(precision, dtype, dialect, {config.hidden_size, 32}, len(config.layers), static)
