@@ -41,6 +41,7 @@ Pass = Callable[[CompileState], CompileState]
 
 CURVE_ARRAYS = ("kv_groups", "ffn_channels", "kv_errors", "ffn_errors")
 ROUNDING_WINDOWS = 8  # per domain
+FINALIST_WINDOWS = 6  # per domain: enough to tell candidates apart
 FFN_ALIGNMENT = 64  # channels; tensor cores and MatMulNBits blocks want widths in this step
 
 
@@ -190,7 +191,7 @@ def plan_tiers(state: CompileState) -> CompileState:
         selection = ContinuationLoss(model, state.selection.batches(), state.args.prompt_part)
 
         def repaired(mask: Mask) -> float:
-            tier, _ = repair(state, model, mask)
+            tier, _ = repair(state, model, mask, FINALIST_WINDOWS)
             return mean(selection.of_tier(tier, mask).values())
 
         def measured(mask: Mask) -> float:
@@ -321,13 +322,16 @@ def plan_energy(state: CompileState, mask: Mask, storage: Storage) -> float:
     return table.plan_price_j(0, 1, work.prompt_tokens, work.new_tokens)
 
 
-def repair(state: CompileState, model: Llama, mask: Mask) -> tuple[Llama, tuple[Repaired, ...]]:
-    """A tier repaired on the calibration text, within its share of bytes of its own."""
+def repair(
+    state: CompileState, model: Llama, mask: Mask, most: int | None = None
+) -> tuple[Llama, tuple[Repaired, ...]]:
+    """A tier repaired on the calibration text, within its share of bytes of its own; on `most` windows of a domain."""
     assert state.calibration and state.storage and state.observations
     storage, config = state.storage, state.config
     limit = None if state.args.independent else EXTRAS_SHARE / max(1, len(state.args.budgets_j))
     own = own_matrices(config, mask, state.observations.curves, storage, limit)
-    return repair_tier(model, mask, state.calibration.batches(), state.args.prompt_part, own, rounding(storage))
+    text = state.calibration.batches(most=most)
+    return repair_tier(model, mask, text, state.args.prompt_part, own, rounding(storage))
 
 
 def repair_inputs(state: CompileState) -> dict[str, Any]:

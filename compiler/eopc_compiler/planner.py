@@ -28,7 +28,7 @@ Price = Callable[[Mask], float]  # joules of the reference workload
 Loss = Callable[[Mask], float]  # nats per continuation token
 
 LAYER_STEPS = 8  # heuristic candidates differ by how many layers they drop
-FINALISTS = 3
+FINALISTS = 2  # beside the heuristic's own best
 
 
 @dataclass(frozen=True, slots=True)
