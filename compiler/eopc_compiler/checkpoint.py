@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -124,6 +124,11 @@ class Checkpoint:
         return CheckpointTokenizer(tokenizer, self.config.vocab_size)
 
 
+def with_tensors(checkpoint: Checkpoint, path: Path) -> Checkpoint:
+    """The same checkpoint with tensors of its own shapes from a .safetensors file in place of those it has."""
+    return replace(checkpoint, _store=_OverlayStore(checkpoint._store, path))
+
+
 def open_checkpoint(source: str | None = None) -> Checkpoint:
     """Open a model folder, a .gguf file, a hub id, or (None) the small default model, and check its headers.
 
@@ -188,6 +193,28 @@ class _FolderStore:
             raise ModelError(
                 f"{self.folder} has no tokenizer.json. Add the tokenizer files of this model to the folder."
             )
+
+
+class _OverlayStore:
+    """Another store with some of its tensors replaced."""
+
+    def __init__(self, base: _Store, path: Path) -> None:
+        from safetensors import safe_open
+
+        self._base = base
+        open_file: Any = safe_open  # untyped
+        self._file = open_file(path, framework="pt")
+        self._names = set(self._file.keys())
+        self.files: Sequence[Path] = [*base.files, path]
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            return self._base.read(name)
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor.to(torch.float32)
+
+    def save_tokenizer(self, dest: Path) -> None:
+        self._base.save_tokenizer(dest)
 
 
 class _GgufStore:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eopc_compiler.assemble import Storage, load_tier, write_weights
 from eopc_compiler.calibration import CalibrationSet, Split, build_calibration, read_mixture
-from eopc_compiler.checkpoint import open_checkpoint
+from eopc_compiler.checkpoint import open_checkpoint, with_tensors
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.cut import cut_weights
 from eopc_compiler.dialects import DIALECTS
@@ -29,6 +29,7 @@ from eopc_compiler.importance import InputPeaks, LayerCurves, Observations, mean
 from eopc_compiler.ladder import Mask, full_mask, read_masks, tier_config
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.planner import Objective, TierPlan, plan_ladder, plan_masks
+from eopc_compiler.recover import RecoverSettings, recover_ladder, training_windows
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_plan
 from eopc_compiler.state import CompileState, PrecisionTrial
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
@@ -40,6 +41,7 @@ from eopc_runtime.memory import release_memory
 Pass = Callable[[CompileState], CompileState]
 
 CURVE_ARRAYS = ("kv_groups", "ffn_channels", "kv_errors", "ffn_errors")
+RECOVERY_TOKENS = 1 << 20  # of all domains together, at most
 ROUNDING_WINDOWS = 8  # per domain
 FINALIST_WINDOWS = 6  # per domain: enough to tell candidates apart
 FFN_ALIGNMENT = 64  # channels; tensor cores and MatMulNBits blocks want widths in this step
@@ -212,6 +214,47 @@ def write_plan_only(state: CompileState) -> CompileState:
     return state
 
 
+def recover_shared(state: CompileState) -> CompileState:
+    """With --recover: distil the weights that the tiers share from the dense model, all tiers together.
+
+    By the sandwich rule, so that nesting holds; t0 stays within `RecoverSettings.t0_bound` nats of the dense model.
+    """
+    minutes, masks = state.args.recover_minutes, [t.mask for t in state.plan]
+    if not minutes or all(mask == full_mask(state.config) for mask in masks):
+        return state
+    assert state.checkpoint and state.selection and state.calibration
+    checkpoint, selection, args = state.checkpoint, state.selection, state.args
+    inputs = {
+        "version": __version__,
+        "model": checkpoint.fingerprint,
+        "text": state.calibration.fingerprint,
+        "selection": selection.fingerprint,
+        "masks": [asdict(m) for m in masks],
+        "orders": [asdict(o) for o in state.orders],
+        "minutes": minutes,
+        "seed": args.seed,
+    }
+
+    def produce(path: Path) -> None:
+        from safetensors.torch import save_file
+
+        domains = read_mixture(list(args.calib))
+        text = training_windows(checkpoint.tokenizer(), domains, RECOVERY_TOKENS, args.calibration_length, args.seed)
+        model = dense_model(state)
+        settings = RecoverSettings(minutes=minutes, seed=args.seed)
+        folder = state.cache.folder / "recovery"
+        report = recover_ladder(
+            model, model, masks, state.orders, text, selection.domains, settings, folder=folder, report=state.tick
+        )
+        save_file(report.tensors, path)
+        for index, (before, after) in enumerate(zip(report.before, report.after, strict=True)):
+            state.say(f"t{index}: {mean(before.values()):.3f} -> {mean(after.values()):.3f} nats on selection text")
+
+    state.say(f"recovering the shared weights for {minutes:g} minutes")
+    path = state.cache.get("recover", inputs, ".safetensors", produce)
+    return replace(state, checkpoint=with_tensors(checkpoint, path))
+
+
 def store_weights(state: CompileState) -> CompileState:
     """Write weights.bin: every tensor of the ladder once."""
     assert state.storage is not None
@@ -277,6 +320,7 @@ PASSES: tuple[Pass, ...] = (
     choose_precision,  # before planning: joules depend on bytes per weight
     plan_tiers,
     write_plan_only,  # the end of --dry-run
+    recover_shared,  # before storing: every tier gains from it
     store_weights,  # before graphs: they point into it
     repair_tiers,  # after storing: what rounding did is repaired too
     export_graphs,

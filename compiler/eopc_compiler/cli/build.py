@@ -44,6 +44,14 @@ PRECISIONS = ("auto", "fp32", "fp16", "int8", "int4")
     help="Seconds to search for better tiers than the heuristic's, all tiers together.",
 )
 @click.option(
+    "--recover",
+    "recover_minutes",
+    default=0.0,
+    metavar="MINUTES",
+    type=click.FloatRange(min=0),
+    help="Distil the weights that all tiers share from the dense model for that long.",
+)
+@click.option(
     "--independent", is_flag=True, help="Repaired matrices of every tier's own, without the limit on shared bytes."
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the calibration draw and of the search.")
@@ -63,6 +71,7 @@ def build(
     dialect: str | None,
     context: int,
     search_seconds: float,
+    recover_minutes: float,
     independent: bool,
     seed: int,
     dry_run: bool,
@@ -90,6 +99,7 @@ def build(
         dialect=dialect,
         context=context,
         search_seconds=search_seconds,
+        recover_minutes=recover_minutes,
         independent=independent,
         seed=seed,
         dry_run=dry_run,
