@@ -82,7 +82,8 @@ def table(args: argparse.Namespace) -> Result:
     }
     args.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
     summary: Result = {"out": str(args.out), "patterns": len(patterns), "computed": fitness.computed}
-    summary |= {"elapsed_s": elapsed_s, "layers_saved_share": 1 - source.work.run / max(source.work.asked, 1)}
+    share = source.work.run / source.work.asked if source.work.asked else None  # none: all was in the journal
+    summary |= {"elapsed_s": elapsed_s, "layers_run_share": share}
     full = sorted((loss, p) for loss, p in zip(losses, patterns, strict=True) if len(p.removed) == args.remove)
     show(["rank", "removed", "loss"], [[i + 1, names(p), f"{loss:.4f}"] for i, (loss, p) in enumerate(full[:10])], args)
     return summary
