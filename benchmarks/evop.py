@@ -82,7 +82,8 @@ def table(args: argparse.Namespace) -> Result:
     }
     args.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
     summary: Result = {"out": str(args.out), "patterns": len(patterns), "computed": fitness.computed}
-    summary |= {"elapsed_s": elapsed_s, "layers_saved_share": 1 - source.work.run / max(source.work.asked, 1)}
+    share = source.work.run / source.work.asked if source.work.asked else None  # none: all was in the journal
+    summary |= {"elapsed_s": elapsed_s, "layers_run_share": share}
     full = sorted((loss, p) for loss, p in zip(losses, patterns, strict=True) if len(p.removed) == args.remove)
     show(["rank", "removed", "loss"], [[i + 1, names(p), f"{loss:.4f}"] for i, (loss, p) in enumerate(full[:10])], args)
     return summary
@@ -130,7 +131,8 @@ def speed(args: argparse.Namespace) -> Result:
     tokens = build_calibration(loaded.tokenizer, loaded.domains[:1], 1, args.tokens, args.seed).tokens
     recorder = Recorder(ModelLosses(loaded.model, [tokens], model_key=loaded.key))
     search_pattern(recorder, loaded.layers, args.remove, args.method, args.evaluations, args.seed)
-    asked = sum(len(batch) for batch in recorder.batches)
+    batches = first_patterns(recorder.batches, args.asked)
+    asked = sum(map(len, batches))
     shared_s: list[float] = []
     plain_s: list[float] = []
     for number in range(args.rounds):
@@ -140,7 +142,7 @@ def speed(args: argparse.Namespace) -> Result:
             (shared_s, fitness.losses),
             (plain_s, lambda batch: plain_losses(loaded.model, tokens, batch)),
         ]
-        found = [timed(arm, recorder.batches) for arm in (arms if number % 2 else arms[::-1])]  # who is first changes
+        found = [timed(arm, batches) for arm in (arms if number % 2 else arms[::-1])]  # who is first changes
         if found[0] != found[1]:
             raise EopcError("Shared and plain losses differ; that is a bug.")
         progress(f"round {number + 1} of {args.rounds}: {asked / shared_s[-1]:.2f} against {asked / plain_s[-1]:.2f}")
@@ -228,6 +230,16 @@ def race_stages(domains: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
 def reached(history: Sequence[tuple[int, float]], evaluations: int) -> float:
     """The best loss after so many evaluations; infinite before the first pattern of the right count."""
     return min((loss for count, loss in history if count <= evaluations), default=math.inf)
+
+
+def first_patterns(batches: Sequence[list[Pattern]], count: int) -> list[list[Pattern]]:
+    """The batches up to so many patterns, repeats included; the last one may be cut."""
+    kept: list[list[Pattern]] = []
+    for batch in batches:
+        left = count - sum(map(len, kept))
+        if left > 0:
+            kept.append(batch[:left])
+    return kept
 
 
 def finite(value: float) -> float | None:
@@ -332,6 +344,7 @@ def parse() -> argparse.Namespace:
     known["replay"].add_argument("--evaluations", type=int, default=406)
     known["speed"].add_argument("--method", choices=list(SEARCHERS), default="evolve")
     known["speed"].add_argument("--evaluations", type=int, default=96)
+    known["speed"].add_argument("--asked", type=int, default=400, help="time the first so many, repeats included")
     known["speed"].add_argument("--rounds", type=int, default=3)
     known["heldout"].add_argument("--evaluations", type=int, default=400)
     known["heldout"].add_argument("--seeds", type=int, default=3)

@@ -42,7 +42,7 @@ Pass = Callable[[CompileState], CompileState]
 
 CURVE_ARRAYS = ("kv_groups", "ffn_channels", "kv_errors", "ffn_errors")
 RECOVERY_TOKENS = 1 << 20  # of all domains together, at most
-ROUNDING_WINDOWS = 8  # per domain
+ROUNDING_WINDOWS = 6  # per domain
 FINALIST_WINDOWS = 6  # per domain: enough to tell candidates apart
 FFN_ALIGNMENT = 64  # channels; tensor cores and MatMulNBits blocks want widths in this step
 
@@ -99,7 +99,7 @@ def read_calibration(state: CompileState) -> CompileState:
         state,
         calibration=windows("calibration", n),
         selection=windows("selection", max(2, n // 4)),
-        heldout=windows("heldout", max(2, n // 2)),
+        heldout=windows("heldout", max(2, n // 3)),
     )
 
 

@@ -50,7 +50,7 @@ class BuildArgs:
     dry_run: bool = False
     resume: bool = True
     max_added_loss: float = 0.02  # nats per token that `--precision auto` may spend on the worst domain
-    search_seconds: float = 40.0
+    search_seconds: float = 30.0
     recover_minutes: float = 0.0  # of distilling the shared weights from the dense model
     independent: bool = False  # every tier may have all its down_proj of its own
     calibration_windows: int = 12  # per domain

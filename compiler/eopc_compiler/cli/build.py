@@ -38,7 +38,7 @@ PRECISIONS = ("auto", "fp32", "fp16", "int8", "int4")
 @click.option("--context", default=2048, show_default=True, help="Largest prompt plus answer, tokens.")
 @click.option(
     "--search-seconds",
-    default=40.0,
+    default=30.0,
     show_default=True,
     type=click.FloatRange(min=0),
     help="Seconds to search for better tiers than the heuristic's, all tiers together.",

@@ -48,7 +48,7 @@ def test_a_skipped_unit_costs_what_a_sliced_one_does(
     sliced = slice_model(config, tensors.__getitem__, pattern.kept(config)).build(64)
     logits = sliced.score(stages[1])[:, :-1].flatten(0, 1)
     want = F.cross_entropy(logits, stages[1][:, 1:].flatten()).item()
-    assert loss == pytest.approx(want, abs=2e-6)  # another attention kernel; observed up to 5e-7
+    assert loss == pytest.approx(want, abs=4e-6)  # another attention kernel; observed 1e-6, two units in the last place
 
 
 def test_the_walk_runs_each_shared_prefix_once(eight_layers: Llama, stages: tuple[Tensor, ...]) -> None:
