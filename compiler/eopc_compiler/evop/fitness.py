@@ -146,11 +146,7 @@ class ModelLosses:
             model: it is not changed.
             stages: token ids [n, S], one tensor per stage.
             dtype: of weights and hidden states; left out, the model's own. Another takes a copy. bfloat16 is 3-4 times
-<<<<<<< HEAD
-                as fast on a CPU with avx512_bf16, and moves losses by about a hundredth of a nat.
-=======
                 as fast on a CPU with avx512_bf16, and rounds.
->>>>>>> evop
             model_key: a hash of the weights; left out, it is computed when a key is needed.
         """
         check_stages(stages, model.config.vocab_size)
