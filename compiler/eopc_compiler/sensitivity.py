@@ -48,7 +48,7 @@ def output_metrics(
         if report:
             report(done + 1, len(sequences))
     tokens = sum(row.numel() for row in sequences)
-    return tuple(LayerMetrics(*(s / (2 * tokens))) for s in sums)
+    return tuple(LayerMetrics(*s.div_(2 * tokens)) for s in sums)
 
 
 def _gradients(model: Llama, tokens: Tensor, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:

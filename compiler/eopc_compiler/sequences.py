@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eopc_compiler.model import Block, Llama, Rotary
 
-LOSS_ROWS = 1024  # positions whose logits are held at a time
+LOSS_ROWS = 256  # positions whose logits are held at a time
 
 
 Past = tuple[Tensor, Tensor]  # keys and values [n, kv_heads, P, head_dim] of positions 0..P-1
