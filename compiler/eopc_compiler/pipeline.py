@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean as mean
 from typing import Any
@@ -270,15 +271,17 @@ def repair_tiers(state: CompileState) -> CompileState:
     """
     assert state.storage and state.table and state.weights
     storage, weights = state.storage, state.weights
+    model = lru_cache(lambda: deployed_model(state, storage))  # once, and only if some tier is not in the cache
     extras: list[TierExtras] = [TierExtras.none()]
     for index, tier in enumerate(state.plan[1:], start=1):
         name = f"tiers/t{index}/{EXTRAS_FILE}"
         inputs = {**repair_inputs(state), "mask": asdict(tier.mask), "file": name, "weights": weights.parent.name}
 
         def produce(path: Path, mask: Mask = tier.mask, name: str = name) -> None:
-            _, repaired = repair(state, deployed_model(state, storage), mask)
+            _, repaired = repair(state, model(), mask)
             path.mkdir()
             TierExtras.write(path, name, repaired, storage)
+            release_memory()
 
         state.say(f"repairing t{index} of t1..t{len(state.plan) - 1} on the cache it inherits from t0")
         extras.append(TierExtras.read(state.cache.get(f"extras-t{index}", inputs, "", produce), name))
