@@ -24,7 +24,7 @@ from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims
 from eopc_compiler.ladder import UnitOrder
 from eopc_compiler.model import Llama, Projection
-from eopc_compiler.sensitivity import output_metrics
+from eopc_compiler.sensitivity import LayerMetrics, output_metrics
 from eopc_compiler.sequences import attend, fast_math, next_token_losses, run_blocks
 from eopc_compiler.surgery import MomentSums, Removals, obs_removals
 
@@ -86,17 +86,24 @@ class Observations:
 
 @torch.no_grad()
 def observe(
-    model: Llama, batches: Sequence[Batch], parcel: int, seed: int = 0, report: Report | None = None
+    model: Llama,
+    batches: Sequence[Batch],
+    parcel: int,
+    seed: int = 0,
+    report: Report | None = None,
+    rank: bool = True,
 ) -> Observations:
     """Order the units of every layer of a checkpoint-form model and price their removal in nats; record input peaks.
 
     Args:
         parcel: FFN channels that are removed at a time.
         report: called with (done, total) steps.
+        rank: else units stay in their order and curves are empty: for a ladder without pruned tiers.
     """
     domains, layers = 1 + max(domain for domain, _, _ in batches), len(model.blocks)
     share = max(1, METRIC_SEQUENCES // len(batches))
-    metrics = output_metrics(model, [tokens[:share] for _, _, tokens in batches], seed)
+    few = [tokens[:share] for _, _, tokens in batches]
+    metrics: Sequence[LayerMetrics | None] = output_metrics(model, few, seed) if rank else [None] * layers
     curves, peaks = [], []
     hidden = [model.model.embed_tokens(tokens) for _, _, tokens in batches]
     for index, (dims, layer, metric) in enumerate(zip(model.config.layers, model.blocks, metrics, strict=True)):
@@ -105,13 +112,17 @@ def observe(
             inputs = [attend(model, layer, layer.input_layernorm(x)).float() for x in hidden]
             hidden = [x + layer.self_attn.o_proj(z).float() for x, z in zip(hidden, inputs, strict=True)]
         groups = dims.num_key_value_heads
-        kv = _removals(layer.self_attn.o_proj, batches, inputs, domains, metric.attention, groups, groups - 1, 1)
+        kv = Removals((), ())
+        if metric:
+            kv = _removals(layer.self_attn.o_proj, batches, inputs, domains, metric.attention, groups, groups - 1, 1)
         o_peaks = _peaks(inputs)
         with fast_math():
             inputs = [layer.mlp.hidden(layer.post_attention_layernorm(x)).float() for x in hidden]
             hidden = [x + layer.mlp.down_proj(h).float() for x, h in zip(hidden, inputs, strict=True)]
         width = dims.intermediate_size
-        ffn = _removals(layer.mlp.down_proj, batches, inputs, domains, metric.ffn, width, width - parcel, parcel)
+        ffn = Removals((), ())
+        if metric:
+            ffn = _removals(layer.mlp.down_proj, batches, inputs, domains, metric.ffn, width, width - parcel, parcel)
         cosines = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(before, hidden, strict=True)]
         curves.append(
             LayerCurves(

@@ -44,7 +44,7 @@ Pass = Callable[[CompileState], CompileState]
 CURVE_ARRAYS = ("kv_groups", "ffn_channels", "kv_errors", "ffn_errors")
 RECOVERY_TOKENS = 1 << 20  # of all domains together, at most
 ROUNDING_WINDOWS = 6  # per domain
-FINALIST_WINDOWS = 6  # per domain: enough to tell candidates apart
+FINALIST_WINDOWS = 4  # per domain: enough to tell candidates apart
 FFN_ALIGNMENT = 64  # channels; tensor cores and MatMulNBits blocks want widths in this step
 
 
@@ -117,12 +117,13 @@ def observe_dense(state: CompileState) -> CompileState:
         "selection": state.selection.fingerprint,
         "parcel": state.align,
         "seed": state.args.seed,
+        "rank": (rank := must_prune(state)),
     }
 
     def produce(path: Path) -> None:
         model = dense_model(state)
         report = _counter(state, "observing the dense model")
-        seen = observe(model, calibration.batches(), state.align, state.args.seed, report)
+        seen = observe(model, calibration.batches(), state.align, state.args.seed, report, rank)
         losses = {f"heldout.{n}": mean_loss(model, batches(t)) for n, t in heldout}
         losses |= {f"selection.{n}": mean_loss(model, batches(t)) for n, t in selection}
         save_observations(path, seen, losses)
@@ -352,6 +353,18 @@ def storage_for(state: CompileState, precision: str) -> Storage:
     profile, layers = state.profile, len(config.layers)
     static_inputs = profile.precision(precision).static_inputs
     return Storage.choose(precision, profile.compute_dtype, state.dialect, widths, layers, static_inputs)
+
+
+def must_prune(state: CompileState) -> bool:
+    """Whether some budget may be below the dense model's price, so that units have to be ranked."""
+    assert state.dialect is not None
+    if state.args.masks:
+        return True  # which layers are repaired still depends on the curves
+    allowed = state.profile.precisions_for(state.dialect.name)
+    wanted = allowed if "auto" in state.args.precision else state.args.precision
+    full = full_mask(state.config)
+    dearest = max(plan_energy(state, full, storage_for(state, precision)) for precision in wanted)
+    return dearest > min(state.args.budgets_j)
 
 
 def reference_energy(state: CompileState, mask: Mask, storage: Storage) -> float:

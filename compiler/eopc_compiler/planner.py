@@ -28,7 +28,7 @@ Price = Callable[[Mask], float]  # joules of the reference workload
 Loss = Callable[[Mask], float]  # nats per continuation token
 
 LAYER_STEPS = 8  # heuristic candidates differ by how many layers they drop
-FINALISTS = 2  # beside the heuristic's own best
+DEPTHS = (1.0, 0.85, 0.7)  # finalists: the best, and the best with that share of its layers at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ class _Search:
             if self.report:
                 best = self._best(list(self.seen.values()), 1)[0]
                 self.report(f"{format_energy(self.budget_j)}: {len(self.seen)} candidates, best {best[0]:.3f} nats")
-        finalists = list(dict.fromkeys(m for _, m in self._best(list(self.seen.values()), FINALISTS) + heuristic))
+        finalists = list(dict.fromkeys(m for _, m in self._finalists() + heuristic))
         measured = [(self.objective.repaired(m), m) for m in finalists]
         loss, best_mask = min(measured, key=lambda row: row[0])
         price, judged = self.objective.price, {m: v for v, m in filter(None, self.seen.values())}
@@ -174,6 +174,14 @@ class _Search:
         )
         note = "pruned to its budget"
         return TierPlan(self.budget_j, best_mask, price(best_mask), loss, note, rows, len(self.seen))
+
+    def _finalists(self) -> list[tuple[float, Mask]]:
+        """The best candidate, and the best ones with clearly fewer layers: predictions are worst across depths."""
+        rows = self._best(list(self.seen.values()), len(self.seen))
+        most = [share * len(rows[0][1].layers) for share in DEPTHS]
+        return [
+            next(r for r in rows if len(r[1].layers) <= n) for n in most if any(len(r[1].layers) <= n for r in rows)
+        ]
 
     def _heuristic(self) -> list[frozenset[int]]:
         """The layers of the tier above, less 0 and then more and more of the least influential, up to two thirds."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from eopc_compiler.pruned import unit_columns
 
 DAMPING = 0.01  # of the mean variance: ridge towards the weights as they are
-SCALE_FLOOR = 1e-8  # of the largest eigenvalue, so that a metric always has a square root
+METRIC_FLOOR = 1e-6  # of the mean diagonal, so that a metric of few samples has a square root
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def obs_removals(
         at_once: units taken between two updates.
     """
     # the sweep is about ranks, so single precision does after the inverse
-    inverse = torch.linalg.inv(damped(covariance, damping)).float()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(covariance, damping))).float()
     left = _scaled(weight, metric).float()
     units = weight.shape[1] // width
     alive = torch.ones(units, dtype=torch.bool)
@@ -166,12 +166,13 @@ def damped(covariance: Tensor, damping: float) -> Tensor:
 
 
 def _scaled(weight: Tensor, metric: Tensor | None) -> Tensor:
-    """M^(1/2) W, so that plain squared norms are norms under the metric."""
+    """Lᵀ W with M = L Lᵀ, so that plain squared norms are norms under the metric."""
     if metric is None:
         return weight.double()
-    values, vectors = torch.linalg.eigh(metric)
-    roots = values.clamp_min(float(values[-1]) * SCALE_FLOOR).sqrt()
-    scaled: Tensor = (vectors * roots).t() @ weight.double()
+    floor = METRIC_FLOOR * metric.diagonal().mean().clamp_min(torch.finfo(metric.dtype).tiny)
+    scaled: Tensor = (
+        torch.linalg.cholesky(metric + floor * torch.eye(len(metric), dtype=metric.dtype)).t() @ weight.double()
+    )
     return scaled
 
 
