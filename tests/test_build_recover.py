@@ -18,7 +18,7 @@ def test_recovery_changes_the_shared_weights_and_leaves_the_whole_model_within_i
     args = build_settings(tiny_checkpoint, tmp_path / "recovered.eopc", recover_minutes=0.1)
     result = build(args, said.append)
     plain, recovered = Bundle.open(tiny_bundle), Bundle.open(result.bundle)
-    assert recovered.manifest.tiers[1].layers == plain.manifest.tiers[1].layers
+    assert len(recovered.manifest.tiers) == len(plain.manifest.tiers)
     assert (result.bundle / "weights.bin").read_bytes() != (tiny_bundle / "weights.bin").read_bytes()
     gains = {
         line[:2]: [float(x) for x in line.split() if x[0].isdigit()] for line in said if " nats on selection" in line

@@ -17,7 +17,6 @@ from eopc_compiler.config import LlamaConfig
 from eopc_compiler.iterative import Settings, prune_iteratively
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.pruned import Choice, PrunedModel, keep_all, pruned_config, slice_model, unit_columns
-from eopc_compiler.sequences import run_blocks
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
 LENGTH, HEAD, GROUP = 48, 16, 32  # GROUP: columns of o_proj that belong to a KV group
@@ -175,34 +174,6 @@ def test_uniform_takes_the_same_from_every_layer(make_tiny: MakeTiny, batches: l
     config, tensors = make_tiny()
     choice, _ = prune(config, tensors, batches, replace(FFN, ratio=0.25, uniform=True))
     assert [len(k.ffn_channels) for k in choice.kept] == [96, 96, 96]
-
-
-def test_pull_brings_the_residual_stream_back(make_tiny: MakeTiny, batches: list[Batch]) -> None:
-    """With `pull` later layers make up for earlier ones: the last hidden states end nearer to the dense ones."""
-    config, tensors = make_tiny()
-    dense, tokens = build_model(config, tensors, LENGTH), batches[0].tokens
-    want = run_blocks(dense, tokens)
-    settings = replace(FFN, ratio=0.4, uniform=True)
-    distances = [
-        float(
-            (
-                run_blocks(prune(config, tensors, batches, replace(settings, pull=p))[1].build(LENGTH), tokens) - want
-            ).norm()
-        )
-        for p in (0.0, 1.0)
-    ]
-    assert distances[1] < 0.98 * distances[0]
-
-
-def test_refit_renews_every_output_map(make_tiny: MakeTiny, batches: list[Batch]) -> None:
-    """Also maps that lose nothing get a matrix and a bias; without it only those that lose something do."""
-    config, tensors = make_tiny()
-    settings = replace(FFN, ratio=0.1, steps=1)
-    choice, _ = prune(config, tensors, batches, replace(settings, refit=True))
-    assert len(choice.changed) == 3 * 2 * 2
-    assert choice.changed["model.layers.0.self_attn.o_proj.weight"].shape == (64, 128)
-    plain, _ = prune(config, tensors, batches, settings)
-    assert not any("o_proj" in name for name in plain.changed)
 
 
 @pytest.mark.parametrize("change", [{"use_metric": False}, {"within": True}, {"importance": "wifv"}, {"seed": 1}])

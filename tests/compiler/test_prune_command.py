@@ -33,7 +33,7 @@ def test_json_counts_measures_and_names_what_was_written(tiny_checkpoint: Path, 
     assert result.exit_code == 0, result.stderr
     content = json.loads(result.stdout)
     written, dense = open_checkpoint(str(out)), open_checkpoint(str(tiny_checkpoint))
-    assert content["output"] == str(out) and content["method"] == "flap"
+    assert content["output"] == str(out) and content["method"] == "iterative"
     assert (
         content["params"] == written.config.param_count == sum(written.tensor(n).numel() for n in written.tensor_names)
     )
@@ -112,7 +112,7 @@ def test_the_same_seed_writes_the_same_file(tiny_checkpoint: Path, tmp_path: Pat
 def test_own_text_joins_the_built_in_domains_or_replaces_them(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """The domains that were read are in the result, with windows and length."""
     for name, flags, domains in (
-        ("a", [], ["text", "code", "arithmetic", "mine"]),
+        ("a", [], ["text", "code", "arithmetic", "dialogue", "mine"]),
         ("b", ["--only-calib"], ["mine"]),
     ):
         result = run_cli(

@@ -20,8 +20,7 @@ from eopc_runtime.cli.output import Progress, print_json, print_table
     default="iterative",
     show_default=True,
     metavar="NAME",
-    help="iterative, obs, wifv; whole layers: evop; re-implemented baselines: flap, wanda-sp, magnitude, random, "
-    "shortgpt, sleb.",
+    help="iterative, obs, wifv, flap, wanda-sp, magnitude, random; whole layers: evop, shortgpt, sleb.",
 )
 @click.option(
     "--units",

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.evop.baselines import block_influence, least_influential
 from eopc_compiler.evop.epps import EppsSettings, cross_halves, epps, select
@@ -241,7 +242,8 @@ def test_block_influence_is_one_minus_the_cosine(make_tiny: MakeTiny, stages: tu
     model = build_model(config, tensors, 64)
     influence = block_influence(model, stages)
     assert influence[2] == pytest.approx(0, abs=1e-6)
-    want = [layer.influence for layer in observe(model, stages).scores]
+    batches = [Batch(0, 1 / sum(t.numel() for t in stages), tokens) for tokens in stages]
+    want = [layer.influence for layer in observe(model, batches, 32, rank=False).curves]
     assert influence == pytest.approx(want, abs=1e-6)
     hidden = model.model.embed_tokens(stages[0])
     assert F.cosine_similarity(hidden, hidden, dim=-1).min() > 0.99  # the scale of the zero above
