@@ -123,7 +123,7 @@ def observe(
         ffn = Removals((), ())
         if metric:
             ffn = _removals(layer.mlp.down_proj, batches, inputs, domains, metric.ffn, width, width - parcel, parcel)
-        cosines = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(before, hidden, strict=True)]
+        cosines = [F.cosine_similarity(a, b, dim=-1).flatten() for a, b in zip(before, hidden, strict=True)]
         curves.append(
             LayerCurves(
                 dims,
@@ -132,7 +132,7 @@ def observe(
                 _order(ffn, width),
                 kv.errors,
                 ffn.errors[parcel - 1 :: parcel],
-                max(0.0, 1.0 - float(torch.stack(cosines).mean())),  # rounding may put a cosine above 1
+                max(0.0, 1.0 - float(torch.cat(cosines).mean())),  # rounding may put a cosine above 1
             )
         )
         peaks.append(InputPeaks(o_peaks, _peaks(inputs)))
