@@ -18,8 +18,17 @@ from eopc_compiler.config import LayerDims
 from eopc_compiler.ladder import Mask
 from eopc_compiler.model import Block, Llama, Projection
 from eopc_compiler.quantize import Quantized
-from eopc_compiler.sequences import Past, attend, fast_math, keys_and_values, next_token_losses, run_layer
-from eopc_compiler.surgery import Moments, MomentSums, repair
+from eopc_compiler.sequences import (
+    Past,
+    add_output,
+    fast_math,
+    ffn_inputs,
+    keys_and_values,
+    next_token_losses,
+    run_attention,
+    run_layer,
+)
+from eopc_compiler.surgery import Moments, repair, sum_moments
 from eopc_compiler.tier_model import tier_view
 
 
@@ -140,13 +149,13 @@ def repair_tier(
         dense = [_through(model, range(dims.source_layer, following), x) for x in dense]
         done = following
         middle = [_attended(tier, layer, x, past) for x, past in zip(ours, pasts, strict=True)]
-        inputs = [_ffn_inputs(layer, x) for x in middle]
+        inputs = [ffn_inputs(layer, x) for x in middle]
         if needs_repair(mask, position, model):
             targets = [d[:, prompt:] - x for d, x in zip(dense, middle, strict=True)]
-            moments = _moments(batches, inputs, targets)
+            moments = sum_moments(batches, inputs, targets).moments()
             fresh = _fit(layer, dims.source_layer, moments, dims.source_layer in own, round_weight)
             repaired.append(fresh)
-        ours = [_added(layer, x, h) for x, h in zip(middle, inputs, strict=True)]
+        ours = [add_output(x, layer.mlp.down_proj, h) for x, h in zip(middle, inputs, strict=True)]
         if report:
             report(position + 1, len(mask.layers))
     return tier, tuple(repaired)
@@ -195,13 +204,6 @@ def _set_output(output: Projection, weight: Tensor | Quantized | None, bias: Ten
     output.bias = nn.Parameter(bias, requires_grad=False)
 
 
-def _moments(batches: Sequence[Batch], inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Moments:
-    sums = MomentSums(inputs[0].shape[-1], targets[0].shape[-1], 1 + max(b.domain for b in batches))
-    for batch, h, target in zip(batches, inputs, targets, strict=True):
-        sums.add(h.flatten(0, 1), target.flatten(0, 1), batch.domain, batch.weight)
-    return sums.moments()
-
-
 def _through(model: Llama, layers: Iterable[int], x: Tensor) -> Tensor:
     with fast_math():
         for index in layers:
@@ -216,16 +218,4 @@ def _past(model: Llama, dims: LayerDims, x: Tensor) -> Past:
 
 def _attended(tier: Llama, layer: Block, x: Tensor, past: Past) -> Tensor:
     with fast_math():
-        added: Tensor = layer.self_attn.o_proj(attend(tier, layer, layer.input_layernorm(x), past))
-    return x + added.float()
-
-
-def _ffn_inputs(layer: Block, x: Tensor) -> Tensor:
-    with fast_math():
-        return layer.mlp.hidden(layer.post_attention_layernorm(x)).float()
-
-
-def _added(layer: Block, x: Tensor, inputs: Tensor) -> Tensor:
-    with fast_math():
-        added: Tensor = layer.mlp.down_proj(inputs)
-    return x + added.float()
+        return run_attention(tier, layer, x, past)

@@ -25,8 +25,8 @@ from eopc_compiler.config import LayerDims
 from eopc_compiler.ladder import UnitOrder
 from eopc_compiler.model import Llama, Projection
 from eopc_compiler.sensitivity import LayerMetrics, output_metrics
-from eopc_compiler.sequences import attend, fast_math, next_token_losses, run_blocks
-from eopc_compiler.surgery import MomentSums, Removals, obs_removals
+from eopc_compiler.sequences import add_output, attention_inputs, ffn_inputs, next_token_losses, run_blocks
+from eopc_compiler.surgery import Removals, obs_removals, sum_moments
 
 METRIC_SEQUENCES = 12  # the Fisher information settles long before the covariances do
 
@@ -100,7 +100,7 @@ def observe(
         report: called with (done, total) steps.
         rank: else units stay in their order and curves are empty: for a ladder without pruned tiers.
     """
-    domains, layers = 1 + max(domain for domain, _, _ in batches), len(model.blocks)
+    layers = len(model.blocks)
     share = max(1, METRIC_SEQUENCES // len(batches))
     few = [tokens[:share] for _, _, tokens in batches]
     metrics: Sequence[LayerMetrics | None] = output_metrics(model, few, seed) if rank else [None] * layers
@@ -108,21 +108,19 @@ def observe(
     hidden = [model.model.embed_tokens(tokens) for _, _, tokens in batches]
     for index, (dims, layer, metric) in enumerate(zip(model.config.layers, model.blocks, metrics, strict=True)):
         before = hidden
-        with fast_math():
-            inputs = [attend(model, layer, layer.input_layernorm(x)).float() for x in hidden]
-            hidden = [x + layer.self_attn.o_proj(z).float() for x, z in zip(hidden, inputs, strict=True)]
+        inputs = [attention_inputs(model, layer, x) for x in hidden]
+        hidden = [add_output(x, layer.self_attn.o_proj, z) for x, z in zip(hidden, inputs, strict=True)]
         groups = dims.num_key_value_heads
         kv = Removals((), ())
         if metric:
-            kv = _removals(layer.self_attn.o_proj, batches, inputs, domains, metric.attention, groups, groups - 1, 1)
+            kv = _removals(layer.self_attn.o_proj, batches, inputs, metric.attention, groups, groups - 1, 1)
         o_peaks = _peaks(inputs)
-        with fast_math():
-            inputs = [layer.mlp.hidden(layer.post_attention_layernorm(x)).float() for x in hidden]
-            hidden = [x + layer.mlp.down_proj(h).float() for x, h in zip(hidden, inputs, strict=True)]
+        inputs = [ffn_inputs(layer, x) for x in hidden]
+        hidden = [add_output(x, layer.mlp.down_proj, h) for x, h in zip(hidden, inputs, strict=True)]
         width = dims.intermediate_size
         ffn = Removals((), ())
         if metric:
-            ffn = _removals(layer.mlp.down_proj, batches, inputs, domains, metric.ffn, width, width - parcel, parcel)
+            ffn = _removals(layer.mlp.down_proj, batches, inputs, metric.ffn, width, width - parcel, parcel)
         cosines = [F.cosine_similarity(a, b, dim=-1).flatten() for a, b in zip(before, hidden, strict=True)]
         curves.append(
             LayerCurves(
@@ -152,18 +150,13 @@ def _removals(
     output: Projection,
     batches: Sequence[Batch],
     inputs: Sequence[Tensor],
-    domains: int,
     metric: Tensor,
     units: int,
     count: int,
     at_once: int,
 ) -> Removals:
     """The order in which the units that feed a map would go, all but the last ones."""
-    sums = MomentSums(output.weight.shape[1], output.weight.shape[0], domains)
-    for (domain, weight, _), x in zip(batches, inputs, strict=True):
-        rows = x.flatten(0, 1)
-        sums.add(rows, output(rows), domain, weight)
-    covariance = sums.moments().covariance
+    covariance = sum_moments(batches, inputs).moments().covariance
     return obs_removals(output.weight, covariance, metric, output.weight.shape[1] // units, count, at_once)
 
 

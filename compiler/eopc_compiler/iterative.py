@@ -32,7 +32,7 @@ from eopc_compiler.config import LayerDims
 from eopc_compiler.model import Block, Llama, Projection
 from eopc_compiler.pruned import Choice, KeptLayer, unit_columns
 from eopc_compiler.sensitivity import LayerMetrics, output_metrics
-from eopc_compiler.sequences import attend, fast_math
+from eopc_compiler.sequences import add_output, attention_inputs, ffn_inputs
 from eopc_compiler.surgery import (
     DAMPING,
     Moments,
@@ -41,6 +41,7 @@ from eopc_compiler.surgery import (
     compensate,
     obs_removals,
     repair,
+    sum_moments,
     wifv_removals,
 )
 
@@ -145,7 +146,6 @@ class _Run:
         self.settings, self.cost, self.batches, self.report = settings, cost, batches, report
         self.dense, self.model = model, working_copy(model)
         self.layers = [_Layer(b, d) for b, d in zip(self.model.blocks, model.config.layers, strict=True)]
-        self.domains = 1 + max(domain for domain, _, _ in batches)
         self.metrics = self._metrics()
         self.units = {"kv_groups": 1, "ffn": settings.align}  # units that go at a time
         self.curves: dict[Key, Curve] = {}
@@ -200,7 +200,7 @@ class _Run:
                 inputs = [self._inputs(layer.block, kind, x) for x in hidden]
                 if kind in self.settings.kinds:
                     self._operate(index, kind, inputs, counts.get((index, kind), 0))
-                hidden = [self._add(x, layer.output(kind), z) for x, z in zip(hidden, inputs, strict=True)]
+                hidden = [add_output(x, layer.output(kind), z) for x, z in zip(hidden, inputs, strict=True)]
             if self.report:
                 self.report(what, index + 1, len(self.layers))
 
@@ -251,10 +251,7 @@ class _Run:
 
     def _moments(self, key: Key, inputs: list[Tensor], dense: Projection) -> Moments:
         """Moments of a map's inputs, of this step and all before it, against the dense map's output of them."""
-        sums = MomentSums(dense.weight.shape[1], 0, self.domains)
-        for batch, x in zip(self.batches, inputs, strict=True):
-            rows = x.flatten(0, 1)
-            sums.add(rows, rows[:, :0], batch.domain, batch.weight)
+        sums = sum_moments(self.batches, inputs)
         if earlier := self.sums.get(key):
             sums.merge(earlier)
         if self.settings.steps > 1:
@@ -265,16 +262,7 @@ class _Run:
 
     def _inputs(self, block: Block, kind: Kind, x: Tensor) -> Tensor:
         """What o_proj or down_proj of a block reads."""
-        with fast_math():
-            if kind == "kv_groups":
-                return attend(self.model, block, block.input_layernorm(x)).float()
-            inputs: Tensor = block.mlp.hidden(block.post_attention_layernorm(x))
-        return inputs.float()
-
-    def _add(self, x: Tensor, output: Projection, inputs: Tensor) -> Tensor:
-        with fast_math():
-            added: Tensor = output(inputs)
-        return x + added.float()
+        return attention_inputs(self.model, block, x) if kind == "kv_groups" else ffn_inputs(block, x)
 
     def _metrics(self) -> tuple[LayerMetrics, ...]:
         tokens = [t for _, _, t in self.batches]

@@ -13,24 +13,24 @@ from pathlib import Path
 from statistics import fmean as mean
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from eopc_compiler.assemble import Storage, load_tier, write_weights
 from eopc_compiler.calibration import CalibrationSet, Split, build_calibration, read_mixture
 from eopc_compiler.checkpoint import open_checkpoint, with_tensors
-from eopc_compiler.config import LayerDims, LlamaConfig
+from eopc_compiler.config import LlamaConfig
 from eopc_compiler.cut import cut_weights
 from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.export import WeightTable, export_tier
 from eopc_compiler.extras import EXTRAS_FILE, EXTRAS_SHARE, TierExtras, own_matrices, rounding
 from eopc_compiler.handover import ContinuationLoss, Repaired, repair_tier
-from eopc_compiler.importance import InputPeaks, LayerCurves, Observations, mean_loss, observe
+from eopc_compiler.importance import mean_loss, observe
 from eopc_compiler.ladder import Mask, full_mask, read_masks, tier_config
 from eopc_compiler.model import Llama, build_model
+from eopc_compiler.observations_file import load_observations, save_observations
 from eopc_compiler.planner import Objective, TierPlan, plan_ladder, plan_masks
-from eopc_compiler.recover import RecoverSettings, recover_ladder, training_windows
+from eopc_compiler.recover import RECOVERY_TOKENS, RecoverSettings, recover_ladder, training_windows
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_plan
 from eopc_compiler.state import CompileState, PrecisionTrial
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
@@ -41,8 +41,6 @@ from eopc_runtime.memory import release_memory
 
 Pass = Callable[[CompileState], CompileState]
 
-CURVE_ARRAYS = ("kv_groups", "ffn_channels", "kv_errors", "ffn_errors")
-RECOVERY_TOKENS = 1 << 20  # of all domains together, at most
 ROUNDING_WINDOWS = 6  # per domain
 FINALIST_WINDOWS = 4  # per domain: enough to tell candidates apart
 FFN_ALIGNMENT = 64  # channels; tensor cores and MatMulNBits blocks want widths in this step
@@ -477,37 +475,6 @@ def rounding_text(calibration: CalibrationSet) -> list[Tensor]:
 def batches(tokens: Tensor, size: int = 4) -> list[Tensor]:
     """Windows [n, S] in batches of a few sequences, so that activations stay small."""
     return list(torch.split(tokens, size))
-
-
-def save_observations(path: Path, seen: Observations, losses: dict[str, float]) -> None:
-    """Write observations as plain arrays, no pickle."""
-    arrays: dict[str, np.ndarray[Any, Any]] = {}
-    for i, (curve, peak) in enumerate(zip(seen.curves, seen.peaks, strict=True)):
-        arrays |= {f"{i}.{name}": np.array(getattr(curve, name)) for name in CURVE_ARRAYS}
-        arrays[f"{i}.dims"] = np.array(
-            [curve.dims.source_layer, curve.dims.num_key_value_heads, curve.dims.intermediate_size]
-        )
-        arrays[f"{i}.scalars"] = np.array([curve.parcel, curve.influence])
-        arrays |= {f"{i}.{n}": getattr(peak, n).numpy() for n in ("o", "down")}
-    arrays |= {f"loss.{name}": np.array(value) for name, value in losses.items()}
-    with path.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy types **kwds as bool
-
-
-def load_observations(path: Path) -> tuple[Observations, dict[str, float]]:
-    """Read what `save_observations` wrote."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    curves, peaks = [], []
-    for i in range(sum(name.endswith(".scalars") for name in arrays)):
-        parcel, influence = arrays[f"{i}.scalars"].tolist()
-        lists = {name: tuple(arrays[f"{i}.{name}"].tolist()) for name in CURVE_ARRAYS}
-        source, groups, width = arrays[f"{i}.dims"].tolist()
-        dims = LayerDims(source, groups, width)
-        curves.append(LayerCurves(dims, int(parcel), **lists, influence=influence))
-        peaks.append(InputPeaks(*(torch.from_numpy(arrays[f"{i}.{n}"]) for n in ("o", "down"))))
-    losses = {n.removeprefix("loss."): float(v) for n, v in arrays.items() if n.startswith("loss.")}
-    return Observations(tuple(curves), tuple(peaks)), losses
 
 
 def _counter(state: CompileState, what: str) -> Callable[[int, int], None]:

@@ -43,7 +43,7 @@ from eopc_compiler.prune_request import (
 )
 from eopc_compiler.pruned import Choice, KeptLayer, PrunedModel, keep_all, slice_model
 from eopc_compiler.pruned_checkpoint import DTYPES, expressible, is_stock, write_checkpoint
-from eopc_compiler.recover import RecoverReport, RecoverSettings, recover, training_windows
+from eopc_compiler.recover import RECOVERY_TOKENS, RecoverReport, RecoverSettings, recover, training_windows
 from eopc_compiler.repairing_methods import iterative, obs, wifv
 from eopc_compiler.whole_layers import evop, layers_to_remove, shortgpt, sleb
 from eopc_runtime.errors import EopcError, UsageError
@@ -60,7 +60,6 @@ METHODS: dict[str, Method] = {
     **LAYER_METHODS,
 }
 SEQUENCE = 256  # tokens per calibration window
-RECOVERY_TOKENS = 1 << 20  # at most, of all domains together
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eopc_compiler.model import Llama
-from eopc_compiler.sequences import attend, fast_math
+from eopc_compiler.sequences import fast_math, run_attention, run_ffn
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +57,9 @@ def _gradients(model: Llama, tokens: Tensor, generator: torch.Generator) -> list
     with torch.enable_grad(), fast_math():
         x = model.model.embed_tokens(tokens).detach().requires_grad_(True)
         for layer in model.blocks:
-            if layer.self_attn.kv_heads:
-                x = x + layer.self_attn.o_proj(attend(model, layer, layer.input_layernorm(x)))
+            x = run_attention(model, layer, x)
             middle = x.view_as(x)  # a node of its own, also where attention was left out
-            x = middle
-            if layer.mlp.width:
-                x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = run_ffn(layer, middle)
             x = x.view_as(x)
             for node in (middle, x):
                 node.retain_grad()

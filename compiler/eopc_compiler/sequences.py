@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eopc_compiler.model import Block, Llama, Rotary
+from eopc_compiler.model import Block, Llama, Projection, Rotary
 
 LOSS_ROWS = 256  # positions whose logits are held at a time
 
@@ -78,6 +78,25 @@ def next_token_losses(model: Llama, hidden: Tensor, tokens: Tensor) -> Tensor:
         for i in range(0, len(rows), LOSS_ROWS)
     ]
     return torch.cat(parts).view(tokens.shape[0], -1)
+
+
+def attention_inputs(model: Llama, layer: Block, x: Tensor) -> Tensor:
+    """What o_proj of a block reads for hidden states x [n, S, hidden], in fp32, for statistics (`fast_math`)."""
+    with fast_math():
+        return attend(model, layer, layer.input_layernorm(x)).float()
+
+
+def ffn_inputs(layer: Block, x: Tensor) -> Tensor:
+    """What down_proj of a block reads for hidden states x [n, S, hidden], in fp32, for statistics (`fast_math`)."""
+    with fast_math():
+        return layer.mlp.hidden(layer.post_attention_layernorm(x)).float()
+
+
+def add_output(x: Tensor, output: Projection, inputs: Tensor) -> Tensor:
+    """The residual stream x [n, S, hidden] with an output map of these inputs added (`fast_math`)."""
+    with fast_math():
+        added: Tensor = output(inputs)
+    return x + added.float()
 
 
 def fast_math() -> AbstractContextManager[None]:

@@ -12,11 +12,13 @@ loss added, in nats (second order), and errors of different layers can be compar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from eopc_compiler.calibration import Batch
 from eopc_compiler.pruned import unit_columns
 
 DAMPING = 0.01  # of the mean variance: ridge towards the weights as they are
@@ -83,6 +85,19 @@ class MomentSums:
             apart = self._sum / self._weight[:, None] - mean
             covariance = covariance - apart.t() @ (apart * (self._weight / total)[:, None])
         return Moments(mean, covariance, target, self._cross / total - torch.outer(target, mean))
+
+
+def sum_moments(
+    batches: Sequence[Batch], inputs: Sequence[Tensor], targets: Sequence[Tensor] | None = None
+) -> MomentSums:
+    """The sums of a map's inputs [n, S, in] over the batches of a mixture, against targets [n, S, out] if given."""
+    outputs = targets[0].shape[-1] if targets else 0
+    sums = MomentSums(inputs[0].shape[-1], outputs, 1 + max(batch.domain for batch in batches))
+    for i, (batch, x) in enumerate(zip(batches, inputs, strict=True)):
+        rows = x.flatten(0, 1)
+        target = targets[i].flatten(0, 1) if targets else rows[:, :0]
+        sums.add(rows, target, batch.domain, batch.weight)
+    return sums
 
 
 @dataclass(frozen=True, slots=True)

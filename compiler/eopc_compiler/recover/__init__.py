@@ -11,9 +11,10 @@ weights on selection text are kept, and a killed run goes on from its last state
 from eopc_compiler.recover.distil import RecoverReport, recover
 from eopc_compiler.recover.joint import LadderReport, recover_ladder
 from eopc_compiler.recover.settings import RecoverSettings
-from eopc_compiler.recover.text import TrainingText, training_windows
+from eopc_compiler.recover.text import RECOVERY_TOKENS, TrainingText, training_windows
 
 __all__ = [
+    "RECOVERY_TOKENS",
     "LadderReport",
     "RecoverReport",
     "RecoverSettings",

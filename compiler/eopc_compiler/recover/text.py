@@ -13,6 +13,8 @@ from torch import Tensor
 from eopc_compiler.calibration import Domain, Tokenizer, build_calibration
 from eopc_runtime.errors import UsageError
 
+RECOVERY_TOKENS = 1 << 20  # of all domains together, at most: more than is seen in the minutes recovery is given
+
 
 @dataclass(frozen=True)
 class TrainingText:
