@@ -44,7 +44,8 @@ def output_metrics(
     for done, row in enumerate(sequences):
         for index, gradients in enumerate(_gradients(model, row, generator)):
             for part, g in enumerate(gradients):
-                sums[index][part] += (g.t() @ g).double()
+                g = g.double()  # products rounded to fp32 would leave a sum of few tokens indefinite
+                sums[index][part] += g.t() @ g
         if report:
             report(done + 1, len(sequences))
     tokens = sum(row.numel() for row in sequences)
