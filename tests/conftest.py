@@ -46,6 +46,12 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def write_checkpoint() -> Callable[..., Path]:
+    """`write_tiny_checkpoint`, for tests in folders that cannot import this file."""
+    return write_tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An fp32 bundle of the tiny checkpoint for the cpu profile: t0 and two pruned tiers; read only."""
     from eopc_compiler.build import build

@@ -51,31 +51,6 @@ def allocate(
     return counts
 
 
-def uniform_counts(
-    left: Mapping[Key, int], parcels: Mapping[str, int], cost: Callable[[Kind], float], goal: float
-) -> Counts:
-    """The same number of units from every layer, so that about `goal` is saved; KV groups first, where whole ones fit.
-
-    A layer keeps at least one parcel of each kind.
-    """
-    counts: Counts = {}
-    total = sum(cost(kind) * n for (_, kind), n in left.items())
-    saved = 0.0
-    for kind in KINDS:
-        sizes = {key: n for key, n in left.items() if key[1] == kind}
-        if not sizes:
-            continue
-        least, one = min(sizes.values()), parcels[kind] * cost(kind) * len(sizes)
-        own = sum(cost(kind) * n for n in sizes.values())
-        # each kind its share; what no whole group could save moves on to the FFN
-        share = goal - saved if kind == KINDS[-1] else goal * own / total
-        rounded = int(share / one + 0.5) if kind == KINDS[-1] else int(share / one)
-        taken = max(0, min(rounded, least // parcels[kind] - 1))
-        counts |= dict.fromkeys(sizes, taken * parcels[kind])
-        saved += taken * one
-    return counts
-
-
 def _hull(curve: Curve) -> list[tuple[float, int]]:
     """(slope, parcels) of the lower convex hull of a curve through the origin, slopes ascending."""
     points = [(0, 0.0), *((i + 1, e) for i, e in enumerate(curve))]

@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from eopc_compiler.allocate import KINDS, Counts, Curve, Key, Kind, allocate, uniform_counts
+from eopc_compiler.allocate import KINDS, Counts, Curve, Key, Kind, allocate
 from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims
 from eopc_compiler.model import Block, Llama, Projection
@@ -63,7 +63,7 @@ class Settings:
     repair: bool = True  # least squares; else only the bias
     use_metric: bool = True  # Fisher information; else squared error relative to the layer's output
     within: bool = False  # V_within in place of V_total
-    uniform: bool = False  # the same count in every layer
+    targets: tuple[LayerDims, ...] | None = None  # what every layer keeps in the end; None: by loss added and cost
     damping: float = DAMPING
     metric_sequences: int = 12  # the Fisher information needs far fewer than the covariances
     seed: int = 0
@@ -179,15 +179,26 @@ class _Run:
 
     def _counts(self, ratio: float, what: str) -> Counts:
         """Units to remove now, per layer and kind."""
+        if self.settings.targets:
+            return self._towards(self.settings.targets, ratio / (self.settings.ratio or 1.0))
         left = {(i, k): len(layer.left[k]) for i, layer in enumerate(self.layers) for k in self.settings.kinds}
         removed = self.total - sum(self.cost(kind) * n for (_, kind), n in left.items())
         goal = ratio * self.total - removed
-        if self.settings.uniform:
-            return uniform_counts(left, self.units, self.cost, goal)
         if not self.curves:
             self._sweep({}, f"{what}, looking")
             self.sums.clear()  # the same windows come again
         return allocate(self.curves, self.units, self.cost, goal)
+
+    def _towards(self, targets: Sequence[LayerDims], share: float) -> Counts:
+        """Units to remove now, so that `share` of what separates each layer from its target is gone, in parcels."""
+        counts: Counts = {}
+        for index, (layer, dims) in enumerate(zip(self.layers, targets, strict=True)):
+            keeps = {"kv_groups": dims.num_key_value_heads, "ffn": dims.intermediate_size}
+            for kind in self.settings.kinds:
+                parcels = (layer.units[kind] - keeps[kind]) // self.units[kind]
+                gone = layer.units[kind] - len(layer.left[kind])
+                counts[index, kind] = int(share * parcels + 0.5) * self.units[kind] - gone
+        return counts
 
     @torch.no_grad()
     def _sweep(self, counts: Counts, what: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from eopc_compiler.allocate import KINDS, Kind
 from eopc_compiler.calibration import CalibrationSet
+from eopc_compiler.config import LlamaConfig
 from eopc_compiler.iterative import BATCH_WINDOWS, Settings, prune_iteratively
 from eopc_compiler.model import Llama
 from eopc_compiler.prune_request import PruneRequest, budget, even_counts, unit_costs
@@ -18,41 +19,41 @@ from eopc_compiler.pruned import Choice
 
 def iterative(model: Llama, calibration: CalibrationSet, request: PruneRequest) -> Choice:
     """OBS with repair in `request.steps` steps."""
-    return _prune(model, calibration, request, _settings(request))
+    return _prune(model, calibration, request)
 
 
 def obs(model: Llama, calibration: CalibrationSet, request: PruneRequest) -> Choice:
     """OBS with repair in one step."""
-    return _prune(model, calibration, request, _settings(request, steps=1))
+    return _prune(model, calibration, request, steps=1)
 
 
 def wifv(model: Llama, calibration: CalibrationSet, request: PruneRequest) -> Choice:
     """Fluctuation importance and mean compensation in `request.steps` steps."""
-    published = _settings(request, importance="wifv", repair=False, use_metric=False)
-    return _prune(model, calibration, request, published)
+    return _prune(model, calibration, request, importance="wifv", repair=False, use_metric=False)
 
 
-def _settings(request: PruneRequest, **changes: object) -> Settings:
+def _prune(model: Llama, calibration: CalibrationSet, request: PruneRequest, **changes: object) -> Choice:
+    costs = unit_costs(model.config)
+    by_kind = {"kv_groups": costs.kv_group, "ffn": costs.ffn_channel}
+    return prune_iteratively(
+        model,
+        calibration.batches(BATCH_WINDOWS),
+        _settings(model.config, request, **changes),
+        lambda kind: by_kind[kind],
+        lambda what, done, total: request.tick(f"{what}: {done}/{total}"),
+    )
+
+
+def _settings(config: LlamaConfig, request: PruneRequest, **changes: object) -> Settings:
+    """Settings of the loop; refuses a ratio out of reach."""
+    budget(config, request)
     kinds: tuple[Kind, ...] = KINDS if request.units == "all" else ("ffn",)
     fields = {
         "ratio": request.ratio,
         "kinds": kinds,
         "align": request.align,
         "steps": request.steps,
-        "uniform": request.uniform,
+        "targets": even_counts(config, request) if request.uniform else None,
         "seed": request.seed,
     }
     return Settings(**{**fields, **changes})  # type: ignore[arg-type]  # fields of Settings
-
-
-def _prune(model: Llama, calibration: CalibrationSet, request: PruneRequest, settings: Settings) -> Choice:
-    even_counts(model.config, request) if request.uniform else budget(model.config, request)  # refuses the unreachable
-    costs = unit_costs(model.config)
-    by_kind = {"kv_groups": costs.kv_group, "ffn": costs.ffn_channel}
-    return prune_iteratively(
-        model,
-        calibration.batches(BATCH_WINDOWS),
-        settings,
-        lambda kind: by_kind[kind],
-        lambda what, done, total: request.tick(f"{what}: {done}/{total}"),
-    )

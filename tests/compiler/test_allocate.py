@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eopc_compiler.allocate import Curve, Key, Kind, allocate, uniform_counts
+from eopc_compiler.allocate import Curve, Key, Kind, allocate
 
 COSTS: dict[Kind, float] = {"kv_groups": 8.0, "ffn": 0.5}
 PARCELS = {"kv_groups": 1, "ffn": 4}  # 8 and 2 units of cost
@@ -86,22 +85,3 @@ def test_what_is_saved_is_within_a_parcel_of_a_reachable_goal(
     assert (-1e-6 <= over <= largest + 1e-6) if at_least else abs(over) <= largest / 2 + 1e-6
     for key, n in counts.items():
         assert 0 <= n <= everything[key] and n % PARCELS[key[1]] == 0
-
-
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
-def test_uniform_takes_the_same_everywhere_and_keeps_one_parcel(share: float) -> None:
-    """Every layer loses the same; a parcel of each kind stays; the goal is met within a parcel of every layer."""
-    left: dict[Key, int] = {(i, k): {"kv_groups": 4, "ffn": 64}[k] for i in range(3) for k in COSTS}
-    goal = share * saved(left)
-    counts = uniform_counts(left, PARCELS, cost, goal)
-    for kind, units in (("kv_groups", 4), ("ffn", 64)):
-        taken = {n for (_, k), n in counts.items() if k == kind}
-        assert len(taken) == 1 and taken.pop() <= units - PARCELS[kind]
-    most = saved({key: n - PARCELS[key[1]] for key, n in left.items()})
-    assert saved(counts) == pytest.approx(min(goal, most), abs=3 * 2.0 / 2 if share < 0.9 else 3 * 8.0)
-
-
-def test_uniform_follows_the_narrowest_layer() -> None:
-    """Where layers differ, all lose what the narrowest can spare."""
-    left: dict[Key, int] = {(0, "ffn"): 8, (1, "ffn"): 64}
-    assert uniform_counts(left, PARCELS, cost, 1e6) == {(0, "ffn"): 4, (1, "ffn"): 4}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eopc_compiler.allocate import Kind
 from eopc_compiler.calibration import Batch
-from eopc_compiler.config import LlamaConfig
+from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.iterative import Settings, prune_iteratively
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.pruned import Choice, PrunedModel, keep_all, pruned_config, slice_model, unit_columns
@@ -169,11 +169,13 @@ def test_least_squares_beats_variance(make_tiny: MakeTiny, batches: list[Batch])
     assert obs < wifv
 
 
-def test_uniform_takes_the_same_from_every_layer(make_tiny: MakeTiny, batches: list[Batch]) -> None:
-    """All layers end with the same width."""
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_given_targets_are_met_exactly(make_tiny: MakeTiny, batches: list[Batch], steps: int) -> None:
+    """Every layer ends with the counts it was given, however many steps lead there and whatever is left over."""
     config, tensors = make_tiny()
-    choice, _ = prune(config, tensors, batches, replace(FFN, ratio=0.25, uniform=True))
-    assert [len(k.ffn_channels) for k in choice.kept] == [96, 96, 96]
+    targets = (LayerDims(0, 4, 96), LayerDims(1, 2, 112), LayerDims(2, 1, 16))
+    choice, _ = prune(config, tensors, batches, replace(BOTH, steps=steps, targets=targets))
+    assert [LayerDims(k.source_layer, len(k.kv_groups), len(k.ffn_channels)) for k in choice.kept] == list(targets)
 
 
 @pytest.mark.parametrize("change", [{"use_metric": False}, {"within": True}, {"importance": "wifv"}, {"seed": 1}])

@@ -6,6 +6,7 @@ import ast
 import random
 import re
 import sysconfig
+from functools import cache
 from pathlib import Path
 
 from eopc_compiler.calibration.arithmetic import worked_sums
@@ -23,8 +24,9 @@ _ARITHMETIC_DOCUMENTS = 600
 _DIALOGUES = 600
 
 
+@cache
 def default_domains() -> tuple[Domain, ...]:
-    """Text, code, arithmetic and dialogue without a download; the same for one Python version.
+    """Text, code, arithmetic and dialogue without a download; the same for one Python version, read once.
 
     Text: the language reference and docstrings. Code: library sources. No file gives both. Arithmetic:
     generated worked sums. Dialogue: generated task dialogues. Raises UsageError where Python was installed
