@@ -184,7 +184,7 @@ def test_every_switch_has_an_effect(make_tiny: MakeTiny, batches: list[Batch], c
     config, tensors = make_tiny()
     settings = replace(FFN, kinds=("ffn",), align=8)
     plain, other = (prune(config, tensors, batches, s)[0] for s in (settings, replace(settings, **change)))
-    assert plain.kept != other.kept
+    assert plain.kept != other.kept or any(not plain.changed[n].equal(t) for n, t in other.changed.items())
     widths = [sum(len(k.ffn_channels) for k in c.kept) for c in (plain, other)]
     assert abs(widths[0] - widths[1]) <= 8
 
@@ -199,5 +199,4 @@ def test_the_model_stays_as_it_was_and_progress_is_told(make_tiny: MakeTiny, bat
     again, _ = prune(config, tensors, batches, BOTH)
     assert again.kept == first.kept
     assert all(torch.equal(again.changed[name], first.changed[name]) for name in first.changed)
-    steps = [what for what, done, total in heard if done == total == 3 and "step" in what]
-    assert steps == ["step 1/2, looking", "step 1/2", "step 2/2"]
+    assert [what for what, done, total in heard if done == total == 3][-3:] == ["looking", "step 1/2", "step 2/2"]
