@@ -43,7 +43,7 @@ class RefusedGraphError(EopcError):
         lines = [f"  {v}" for v in self.violations[:SHOWN]]
         if (rest := len(self.violations) - SHOWN) > 0:
             lines.append(f"  and {rest} more")
-        super().__init__("\n".join([f"{what} is not a graph that its TensorRT takes:", *lines]))
+        super().__init__("\n".join([f"The graph of {what} breaks rules of the TensorRT it is for:", *lines]))
 
 
 @dataclass(frozen=True, slots=True)
