@@ -200,18 +200,17 @@ class _Run:
                 inputs = [self._inputs(layer.block, kind, x) for x in hidden]
                 if kind in self.settings.kinds:
                     sums = self._sums((index, kind), windows, inputs)
-                    self._operate(index, kind, sums, counts.get((index, kind), 0))
+                    self._operate(index, kind, sums, counts.get((index, kind), 0), self._horizon(layer, kind, ratio))
                 hidden = [add_output(x, layer.output(kind), z) for x, z in zip(hidden, inputs, strict=True)]
             if self.report:
                 self.report(what, index + 1, len(self.layers))
 
-    def _operate(self, index: int, kind: Kind, sums: MomentSums, count: int) -> None:
-        """Remove `count` of all the units there were, and re-fit the dense map to the rest."""
+    def _operate(self, index: int, kind: Kind, sums: MomentSums, count: int, horizon: int) -> None:
+        """Remove `count` of all the units there were, re-fit the dense map to the rest, and look up to `horizon`."""
         layer, dense = self.layers[index], self._dense_output(index, kind)
         output, at_once = layer.output(kind), self.units[kind]
         moments = self._moments(sums, dense)
-        ahead = min(layer.units[kind] - at_once, max(count, self._horizon(layer.units[kind], kind)))
-        removals = self._removals(index, kind, dense.weight.data, moments, ahead)
+        removals = self._removals(index, kind, dense.weight.data, moments, max(count, horizon))
         self.curves[index, kind] = removals.errors[at_once - 1 :: at_once]
         gone = set(removals.units[:count])
         layer.left[kind] = [u for u in range(layer.units[kind]) if u not in gone]
@@ -232,10 +231,13 @@ class _Run:
         block = self.dense.blocks[index]
         return block.self_attn.o_proj if kind == "kv_groups" else block.mlp.down_proj
 
-    def _horizon(self, units: int, kind: Kind) -> int:
-        """How far curves must reach: a layer may lose up to three times the average, and some."""
-        at_once = self.units[kind]
-        return at_once * (1 + -int(-min(0.9, 3 * self.settings.ratio + 0.1) * units // at_once))
+    def _horizon(self, layer: _Layer, kind: Kind, ratio: float) -> int:
+        """How far curves must reach for the next step: a layer may lose up to three times the average, and some."""
+        if ratio * (1 + 1e-9) >= self.settings.ratio:  # the last step
+            return 0
+        parcel, units = self.units[kind], layer.units[kind]
+        following = ratio + self.settings.ratio / self.settings.steps
+        return min(units - parcel, parcel * (1 + -int(-min(0.9, 3 * following + 0.1) * units // parcel)))
 
     def _removals(self, index: int, kind: Kind, weight: Tensor, moments: Moments, count: int) -> Removals:
         """The units to go, in order, and the loss that adds."""

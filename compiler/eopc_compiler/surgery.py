@@ -150,7 +150,8 @@ def obs_removals(
         step = float(torch.einsum("oi,ij,oj->", gone, torch.linalg.inv(inverse[columns][:, columns]), gone))
         errors += [total + step * (i + 1) / len(chosen) for i in range(len(chosen))]
         total += step
-        left, inverse = left - gone @ rows, inverse - inverse[:, columns] @ rows
+        left.addmm_(gone, rows, alpha=-1)
+        inverse.addmm_(inverse[:, columns], rows, alpha=-1)
         order += chosen.tolist()
         alive[chosen] = False
     return Removals(tuple(order), tuple(errors))
