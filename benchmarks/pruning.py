@@ -29,7 +29,7 @@ from eopc_compiler.calibration import CalibrationSet
 from eopc_compiler.checkpoint import Checkpoint, open_checkpoint
 from eopc_compiler.importance import mean_loss
 from eopc_compiler.model import Llama, build_model
-from eopc_compiler.prune import METHODS, apply_choice
+from eopc_compiler.prune import LAYER_METHODS, METHODS, apply_choice
 from eopc_compiler.prune_request import PruneRequest
 from eopc_compiler.pruned import PrunedModel
 from eopc_compiler.recover import RECOVERY_TOKENS, RecoverSettings, recover, training_windows
@@ -61,7 +61,7 @@ class Run:
 def methods(args: argparse.Namespace) -> list[Run]:
     """Every method that removes FFN channels, at the same calibration tokens."""
     request = PruneRequest(args.ratio, "ffn", 32, seed=args.seed, steps=args.steps)
-    names = [n for n in METHODS if n not in ("evop", "shortgpt", "sleb")]
+    names = args.method or [n for n in METHODS if n not in LAYER_METHODS]
     return [Run(n, n, DOMAINS, args.tokens, request) for n in names]
 
 
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens per domain [8192]")
     parser.add_argument("--steps", type=int, default=5, help="of methods that iterate [5]")
     parser.add_argument("--windows", type=int, default=24, help="evaluation windows per domain [24]")
+    parser.add_argument("--method", action="append", choices=METHODS, help="of methods [all that remove channels]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=3, help="of mixture [3]")
     parser.add_argument("--minutes", type=float, default=20.0, help="of recover [20]")

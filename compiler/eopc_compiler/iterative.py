@@ -12,6 +12,7 @@ kept columns are re-fitted by least squares.
         choose how much every layer has lost by then: least loss added per cost saved, from the last sweep's curves
         from the first layer up: moments of the inputs, behind the layers below as they are cut by now;
                                  choose the units among all, re-fit the dense map to what is left, record the curve
+        in the last step a re-fitted map also makes up for part of the error that the layers below have left
 
 The windows are dealt to the looks and steps before the last, whose moments add up; the last step sees all of them.
 
@@ -42,6 +43,7 @@ from eopc_compiler.surgery import (
     MomentSums,
     Removals,
     compensate,
+    correction,
     obs_removals,
     repair,
     sum_moments,
@@ -68,6 +70,8 @@ class Settings:
     within: bool = False  # V_within in place of V_total
     targets: tuple[LayerDims, ...] | None = None  # what every layer keeps in the end; None: by loss added and cost
     damping: float = DAMPING
+    pull: float = 0.5  # share of the error of all layers below that a re-fitted map makes up for, in the last step
+    pull_damping: float = 0.1
     metric_sequences: int = 12  # the Fisher information needs far fewer than the covariances
     seed: int = 0
 
@@ -193,14 +197,19 @@ class _Run:
         """From the first layer up: bring the removed cost to `ratio` of the total, re-fit, and record the curves."""
         counts = self._counts(ratio)
         hidden = [self.model.model.embed_tokens(batch.tokens) for batch in windows]
+        pulls = self._is_last(ratio) and self.settings.repair and self.settings.pull > 0
+        whole = list(hidden) if pulls else []  # the same in the dense model
         for index, layer in enumerate(self.layers):
             for kind in KINDS:
                 if not layer.units[kind]:
                     continue
-                inputs = [self._inputs(layer.block, kind, x) for x in hidden]
+                inputs = [self._inputs(self.model, layer.block, kind, x) for x in hidden]
+                whole = [self._dense_step(index, kind, x) for x in whole]
                 if kind in self.settings.kinds:
                     sums = self._sums((index, kind), windows, inputs)
                     self._operate(index, kind, sums, counts.get((index, kind), 0), self._horizon(layer, kind, ratio))
+                    if pulls and layer.is_cut(kind):
+                        self._pull(index, kind, windows, hidden, inputs, whole)
                 hidden = [add_output(x, layer.output(kind), z) for x, z in zip(hidden, inputs, strict=True)]
             if self.report:
                 self.report(what, index + 1, len(self.layers))
@@ -227,13 +236,40 @@ class _Run:
         output.weight = nn.Parameter(weight, requires_grad=False)
         output.bias = nn.Parameter(bias.float(), requires_grad=False)
 
+    def _pull(
+        self,
+        index: int,
+        kind: Kind,
+        windows: Sequence[Batch],
+        hidden: list[Tensor],
+        inputs: list[Tensor],
+        whole: list[Tensor],
+    ) -> None:
+        """Let a re-fitted map also make up for what the layers below have lost: whole - (hidden + dense map)."""
+        layer, dense = self.layers[index], self._dense_output(index, kind)
+        missing = [w - add_output(x, dense, z) for w, x, z in zip(whole, hidden, inputs, strict=True)]
+        kept, output = layer.columns(kind), layer.output(kind)
+        moments = sum_moments(windows, inputs, missing).moments()
+        weight, bias = correction(moments, kept, self.settings.pull, self.settings.pull_damping)
+        assert output.bias is not None
+        output.weight.data[:, kept] += weight.float()
+        output.bias.data += bias.float()
+
+    def _dense_step(self, index: int, kind: Kind, x: Tensor) -> Tensor:
+        """The dense model's residual stream [n, S, hidden] behind one of its sub-blocks."""
+        inputs = self._inputs(self.dense, self.dense.blocks[index], kind, x)
+        return add_output(x, self._dense_output(index, kind), inputs)
+
     def _dense_output(self, index: int, kind: Kind) -> Projection:
         block = self.dense.blocks[index]
         return block.self_attn.o_proj if kind == "kv_groups" else block.mlp.down_proj
 
+    def _is_last(self, ratio: float) -> bool:
+        return ratio * (1 + 1e-9) >= self.settings.ratio
+
     def _horizon(self, layer: _Layer, kind: Kind, ratio: float) -> int:
         """How far curves must reach for the next step: a layer may lose up to three times the average, and some."""
-        if ratio * (1 + 1e-9) >= self.settings.ratio:  # the last step
+        if self._is_last(ratio):
             return 0
         parcel, units = self.units[kind], layer.units[kind]
         following = ratio + self.settings.ratio / self.settings.steps
@@ -266,9 +302,9 @@ class _Run:
         mean = weight @ seen.mean if dense.bias is None else weight @ seen.mean + dense.bias.double()
         return Moments(seen.mean, seen.covariance, mean, weight @ seen.covariance)
 
-    def _inputs(self, block: Block, kind: Kind, x: Tensor) -> Tensor:
+    def _inputs(self, model: Llama, block: Block, kind: Kind, x: Tensor) -> Tensor:
         """What o_proj or down_proj of a block reads."""
-        return attention_inputs(self.model, block, x) if kind == "kv_groups" else ffn_inputs(block, x)
+        return attention_inputs(model, block, x) if kind == "kv_groups" else ffn_inputs(block, x)
 
     def _metrics(self, batches: Sequence[Batch]) -> tuple[LayerMetrics, ...]:
         tokens = [t for _, _, t in batches]

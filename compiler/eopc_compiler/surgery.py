@@ -169,6 +169,17 @@ def repair(moments: Moments, weight: Tensor, kept: Tensor, damping: float = DAMP
     return fitted, moments.target_mean - fitted @ part.mean
 
 
+def correction(moments: Moments, kept: Tensor, share: float, damping: float) -> tuple[Tensor, Tensor]:
+    """What to add to a map so that it makes up for a `share` of a target it was not fitted to: weight and bias, fp64.
+
+    The target is an error that others have left, of which a map's own inputs tell little: it takes a stronger ridge,
+    here towards zero, than fitting the map itself.
+    """
+    part = moments.restricted(kept)
+    weight = share * torch.linalg.solve(damped(part.covariance, damping), part.cross.t()).t()
+    return weight, share * moments.target_mean - weight @ part.mean
+
+
 def compensate(moments: Moments, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """The kept columns as they are, and the bias that keeps the output's mean: b = t̄ - W_K x̄_K."""
     part = weight.double()[:, kept]

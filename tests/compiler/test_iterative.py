@@ -158,6 +158,18 @@ def test_repair_beats_a_bias_and_a_bias_beats_nothing(make_tiny: MakeTiny, batch
     assert losses[0] < 0.2 * min(losses[1:])
 
 
+def test_later_layers_make_up_for_earlier_ones(make_tiny: MakeTiny, batches: list[Batch]) -> None:
+    """Fitting part of the error of the layers below brings the model nearer to the dense one."""
+    config, tensors = make_tiny()
+    dense, tokens = build_model(config, tensors, LENGTH), batches[0].tokens
+    settings = Settings(0.4, ("ffn",), align=1, steps=1)
+    with_pull, without = (
+        divergence(prune(config, tensors, batches, replace(settings, pull=p))[1].build(LENGTH), dense, tokens)
+        for p in (0.5, 0.0)
+    )
+    assert with_pull < without
+
+
 def test_least_squares_beats_variance(make_tiny: MakeTiny, batches: list[Batch]) -> None:
     """Ranking by what the repaired layer loses ends closer to the dense model than ranking by fluctuation."""
     config, tensors = make_tiny()
