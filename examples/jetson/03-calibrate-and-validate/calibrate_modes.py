@@ -111,15 +111,19 @@ def line(result: dict[str, Any]) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Calibrate and validate a bundle in every power mode of this Jetson.")
+    parser = argparse.ArgumentParser(
+        description="Calibrate and validate a bundle in every power mode of this Jetson.",
+        epilog="What follows -- goes to eopc calibrate.",
+    )
     parser.add_argument("bundle")
     parser.add_argument("--only", action="append", metavar="MODE", help="this mode only; may be given again")
     parser.add_argument("--out", type=Path, default=Path("calibration"), help="folder for the reports [calibration]")
     parser.add_argument("--meter", default="tegrastats", help="as in eopc calibrate [tegrastats]")
     parser.add_argument("--sequences", type=int, default=20, help="to validate with, in each mode [20]")
     parser.add_argument("--settle", type=float, default=30, metavar="S", help="pause after a change of mode [30]")
-    parser.add_argument("calibrate_options", nargs="*", help="after --: options of eopc calibrate")
-    return parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    own = words[: words.index("--")] if "--" in words else words
+    return parser.parse_args(own, argparse.Namespace(calibrate_options=words[len(own) + 1 :]))
 
 
 def main() -> None:
