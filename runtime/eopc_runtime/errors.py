@@ -7,6 +7,7 @@ EopcError                 exit code 1 unless said otherwise
 │   └── MeterLostError    a power meter stopped delivering while a window was open
 ├── ModelError            a checkpoint that cannot be read or is not supported
 ├── BundleError           a bundle that is missing, damaged, or of another schema
+│   └── EngineMismatchError   a TensorRT plan that was built for another machine, version or graph
 ├── PromptError           a prompt that cannot be run (empty, longer than the context)
 ├── ParityError           an exported graph that does not compute what the model computes
 └── MissingExtraError     an optional dependency is not installed; the message names the extra
@@ -41,6 +42,10 @@ class ModelError(EopcError):
 
 class BundleError(EopcError):
     """The bundle is missing, damaged, or written by another schema."""
+
+
+class EngineMismatchError(BundleError):
+    """A TensorRT plan does not fit this machine or bundle; the message names what differs and how to rebuild."""
 
 
 class PromptError(EopcError):
