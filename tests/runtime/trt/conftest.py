@@ -102,7 +102,8 @@ def make_engines(tiny_bundle: Path, tmp_path: Path, fake_tensorrt: Any) -> MakeE
             for phase in ("prefill", "decode") if info.tier in apart else ("both",):
                 chosen = list(profiles.values()) if phase == "both" else [profiles[phase]]
                 file = plan_name(info.tier, phase)
-                content = fake_tensorrt.make_plan(root.resolve(), info.graph, slots, chosen, **(plan or {}))
+                made = {"graph": info.graph, "slots": slots, "profiles": chosen, **(plan or {})}
+                content = fake_tensorrt.make_plan(root.resolve(), **made)
                 (folder / file).write_bytes(content)
                 print_ = Fingerprint("tensorrt", "10.3.0", 87, "Orin", "12.6", graph_sha256(bundle, info), "settings")
                 records.append(

@@ -1,3 +1,4 @@
+# ruff: noqa: N802, N815  # the names are CUDA's own
 """A stand-in for `cuda.bindings.runtime` that keeps CUDA's rules: stream order, page-locked copies, graphs, errors.
 
 What is given to a stream runs when the stream is waited for, not before: a host buffer that is changed or read too
@@ -31,7 +32,7 @@ class Error(IntEnum):
     capture_invalidated = 901
 
 
-class CudaFault(Exception):
+class CudaFaultError(Exception):
     """Raised by work that runs on a stream; the stream reports its code."""
 
     def __init__(self, code: int, why: str) -> None:
@@ -83,7 +84,7 @@ class FakeCuda:
 
     # memory
 
-    def cudaMalloc(self, nbytes: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaMalloc(self, nbytes: int) -> tuple[Any, ...]:
         if self.lost_code:
             return (self._lost(),)
         if self.used + nbytes > self.memory_bytes:
@@ -93,18 +94,18 @@ class FakeCuda:
         self.blocks[address] = np.full(nbytes, 0xFF, np.uint8)  # NaN in every float type, as memory may hold anything
         return Error.success, address
 
-    def cudaFree(self, address: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaFree(self, address: int) -> tuple[Any, ...]:
         if self.lost_code:
             return (self._lost(),)
         assert all(not s.queue for s in self.streams.values()), "freed while a stream still had work"
         return (Error.success if self.blocks.pop(address, None) is not None else Error.invalid,)
 
-    def cudaHostAlloc(self, nbytes: int, flags: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaHostAlloc(self, nbytes: int, flags: int) -> tuple[Any, ...]:
         memory = (ctypes.c_uint8 * nbytes)()
         self.host[ctypes.addressof(memory)] = memory
         return Error.success, ctypes.addressof(memory)
 
-    def cudaFreeHost(self, address: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaFreeHost(self, address: int) -> tuple[Any, ...]:
         if self.lost_code:
             return (self._lost(),)
         return (Error.success if self.host.pop(address, None) is not None else Error.invalid,)
@@ -119,22 +120,22 @@ class FakeCuda:
         for base, block in self.blocks.items():
             if base <= address and address + nbytes <= base + block.nbytes:
                 return block[address - base : address - base + nbytes]
-        raise CudaFault(ILLEGAL_ADDRESS, f"{nbytes} bytes at {address:#x} are no device memory")
+        raise CudaFaultError(ILLEGAL_ADDRESS, f"{nbytes} bytes at {address:#x} are no device memory")
 
     # streams
 
-    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:
         assert flags == self.cudaStreamNonBlocking
         return Error.success, self._new(self.streams, Stream())
 
-    def cudaStreamDestroy(self, stream: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaStreamDestroy(self, stream: int) -> tuple[Any, ...]:
         del self.streams[stream]
         return (Error.success,)
 
-    def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> tuple[Any, ...]:
         return self.enqueue(stream, lambda: self.at(address, nbytes).fill(value))
 
-    def cudaMemcpyAsync(self, to: int, source: int, nbytes: int, kind: int, stream: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaMemcpyAsync(self, to: int, source: int, nbytes: int, kind: int, stream: int) -> tuple[Any, ...]:
         device, memory = (to, source) if kind == Kinds.cudaMemcpyHostToDevice else (source, to)
         held = [m for a, m in self.host.items() if a <= memory and memory + nbytes <= a + ctypes.sizeof(m)]
         assert held, "asynchronous copies need page-locked memory"
@@ -156,7 +157,7 @@ class FakeCuda:
         (held.queue if held.recorded is None else held.recorded).append(work)
         return (Error.success,)
 
-    def cudaStreamSynchronize(self, stream: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaStreamSynchronize(self, stream: int) -> tuple[Any, ...]:
         if self.lost_code:
             return (self._lost(),)
         held = self.streams[stream]
@@ -165,19 +166,19 @@ class FakeCuda:
         try:
             for item in work:
                 item()
-        except CudaFault as fault:
+        except CudaFaultError as fault:
             self.lost_code, self.why = fault.code, fault.why
             return (self._lost(),)
         return (Error.success,)
 
     # graphs
 
-    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[Any, ...]:
         held = self.streams[stream]
         held.recorded, held.broken = [], False
         return (Error.success,)
 
-    def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:
         held = self.streams[stream]
         assert held.recorded is not None
         work, held.recorded = held.recorded, None
@@ -186,19 +187,19 @@ class FakeCuda:
         self.captures += 1
         return Error.success, tuple(work)
 
-    def cudaGraphInstantiate(self, graph: tuple[Work, ...], flags: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGraphInstantiate(self, graph: tuple[Work, ...], flags: int) -> tuple[Any, ...]:
         return Error.success, self._new(self.graphs, list(graph))
 
-    def cudaGraphDestroy(self, graph: tuple[Work, ...]) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGraphDestroy(self, graph: tuple[Work, ...]) -> tuple[Any, ...]:
         return (Error.success,)
 
-    def cudaGraphExecDestroy(self, graph: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGraphExecDestroy(self, graph: int) -> tuple[Any, ...]:
         if self.lost_code:
             return (self._lost(),)
         del self.graphs[graph]
         return (Error.success,)
 
-    def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[Any, ...]:
         self.launches += 1
         for work in self.graphs[graph]:
             done = self.enqueue(stream, work)
@@ -208,10 +209,10 @@ class FakeCuda:
 
     # errors
 
-    def cudaGetLastError(self) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGetLastError(self) -> tuple[Any, ...]:
         return (Error.success,)
 
-    def cudaGetErrorString(self, code: Any) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGetErrorString(self, code: Any) -> tuple[Any, ...]:
         return Error.success, f"fake {Error(int(code)).name}".encode()
 
     def lose(self) -> None:

@@ -78,6 +78,7 @@ class FakeTensorRt:
     def __init__(self, cuda: Any, version: str = "10.3.0") -> None:
         self.cuda, self.__version__ = cuda, version
         self.capture_refused = False
+        self.fault = ""  # what it says when it refuses to enqueue
         self.profile_switches = 0
         self.runs: list[tuple[str, int]] = []  # graph and tokens of every execution
         self.live_engines = 0
@@ -206,7 +207,7 @@ class FakeContext:
     def execute_async_v3(self, stream_handle: int) -> bool:
         assert stream_handle, "the default stream makes TensorRT wait for the device"
         shapes, addresses = dict(self._shapes), dict(self._addresses)
-        error = self._mistake(shapes, addresses)
+        error = self._trt.fault or self._mistake(shapes, addresses)
         if error:
             return self._refuse(error)
         stream = self._trt.cuda.streams[stream_handle]
