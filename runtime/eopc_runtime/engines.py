@@ -23,12 +23,12 @@ from pathlib import Path, PurePosixPath
 from eopc_runtime.bundle import WEIGHTS_NAME, Bundle, FileEntry, TierInfo, check_file, inside
 from eopc_runtime.errors import BundleError, EngineMismatchError
 from eopc_runtime.jsonfields import Fields, read_json
+from eopc_runtime.profiles import ENGINE_COMPILERS
 
 ENGINES_SCHEMA = 1
 ENGINES_FOLDER = "engines"
 ENGINES_NAME = "engines.json"
 TIMING_CACHE_NAME = "timing.cache"
-COMPILERS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 PHASES = ("both", "prefill", "decode")
 
 
@@ -36,7 +36,7 @@ PHASES = ("both", "prefill", "decode")
 class Fingerprint:
     """What a plan was built by, for and from."""
 
-    compiler: str  # a key of COMPILERS
+    compiler: str  # a key of ENGINE_COMPILERS
     version: str
     compute_capability: int  # 86 is SM 8.6
     gpu: str | None  # its name; None when built ahead of time
@@ -48,7 +48,7 @@ class Fingerprint:
     def from_fields(cls, fields: Fields) -> Fingerprint:
         """Read a fingerprint strictly."""
         fingerprint = cls(
-            compiler=fields.text("compiler", choices=COMPILERS),
+            compiler=fields.text("compiler", choices=ENGINE_COMPILERS),
             version=fields.text("version"),
             compute_capability=fields.integer("compute_capability", minimum=10),
             gpu=fields.text_or_none("gpu"),
@@ -187,7 +187,7 @@ def check_engine(record: EngineRecord, machine: Machine, graph: str, bundle: str
         )
     built = record.fingerprint
     pairs = (
-        ("compiler", COMPILERS[built.compiler], COMPILERS.get(machine.compiler, machine.compiler)),
+        ("compiler", ENGINE_COMPILERS[built.compiler], ENGINE_COMPILERS.get(machine.compiler, machine.compiler)),
         ("version", built.version, machine.version),
         ("architecture", f"SM{built.compute_capability}", f"SM{machine.compute_capability}"),
         ("GPU", built.gpu, machine.gpu),
