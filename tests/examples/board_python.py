@@ -1,4 +1,4 @@
-"""Python as a board would have it: no compiler packages, and /sys, /etc, /proc/device-tree of a folder, EOPC_TEST_BOARD.
+"""Python as a board has it: no compiler packages, and /sys, /etc, /proc/device-tree of the folder EOPC_TEST_BOARD.
 
     python board_python.py eopc ARGUMENTS...     the command line
     python board_python.py SCRIPT ARGUMENTS...   a script that uses the runtime

@@ -61,10 +61,14 @@ assert words[:2] == ["--interval", "100"] and words[2:3] in ([], ["--logfile"]),
 out = open(words[3], "w", buffering=1) if words[2:] else sys.stdout
 if words[2:]:
     open(pid, "w").write(str(os.getpid()))
-line = "RAM 3054/62838MB (lfb 4x4MB) CPU [1%@729,0%@729] GR3D_FREQ 0% cpu@46C tj@47C VDD_GPU_SOC {}mW/2790mW VDD_CPU_CV {}mW/400mW VIN_SYS_5V0 {}mW/3500mW"
+line = (
+    "RAM 3054/62838MB (lfb 4x4MB) CPU [1%@729,0%@729] GR3D_FREQ 0% cpu@46C tj@47C "
+    "VDD_GPU_SOC {}mW/2790mW VDD_CPU_CV {}mW/400mW VIN_SYS_5V0 {}mW/3500mW"
+)
 try:
     for i in range(600 if words[2:] else 10**6):
-        print(time.strftime("%m-%d-%Y %H:%M:%S"), line.format(2785 + i % 7, 398 + i % 3, 3510 + i % 5), file=out, flush=True)
+        rails = line.format(2785 + i % 7, 398 + i % 3, 3510 + i % 5)
+        print(time.strftime("%m-%d-%Y %H:%M:%S"), rails, file=out, flush=True)
         time.sleep(0.1 if words[2:] else 0.03)
 except (BrokenPipeError, KeyboardInterrupt):
     sys.exit(0)
@@ -253,4 +257,3 @@ def load_script(path: Path) -> ModuleType:
     sys.modules[path.stem] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
-

@@ -78,14 +78,15 @@ def test_commands_exist(words: list[str]) -> None:
 
 
 def test_build_and_copy(world: World) -> None:
-    """The build is in the dialect of TensorRT 10.3; the copy on the board is whole, answers, and stops at the GPU."""
+    """The build is in the dialect of TensorRT 10.3; the copy on the board is whole, has a meter, and answers."""
     output = world.upto("01-build-and-copy")
     manifest = json.loads((world.place.board / "home/smollm2.eopc/manifest.json").read_text(encoding="utf-8"))
     assert (manifest["device"], manifest["dialect"], manifest["precision"]) == ("orin", "primitive", "int8")
     assert manifest["opset"] <= 20
     assert output.count("all verified") == 2  # before and after the copy
     assert "R36 (release)" in output
-    assert re.search(r"\[t\d.*: .* of 10 J \(prior\), kept by the meter, ", output)
+    assert "ina3221, VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0" in output  # doctor: the meter that keeps the budget
+    assert re.search(r"\[t0: \S+ m?J of 10 J \(prior\), ", output)
 
 
 def test_the_engine_line_names_what_is_missing(world: World) -> None:
@@ -100,23 +101,12 @@ def test_the_engine_line_names_what_is_missing(world: World) -> None:
     assert not (world.place.board / "home/smollm2.eopc/engines").exists()
 
 
-def test_pip_is_asked_for_what_exists(world: World) -> None:
-    """The extras are the distribution's, the board gets neither torch nor a TensorRT from PyPI."""
-    world.upto("04-systemd")
-    log = (world.place.home / "pip.log").read_text(encoding="utf-8").splitlines()
-    extras = {extra for line in log for group in re.findall(r"\[([\w,-]+)\]", line) for extra in group.split(",")}
-    table = re.search(r"^\[project.optional-dependencies\]\n(.*?)^\[", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
-    assert table is not None
-    assert extras <= set(re.findall(r"^([\w-]+) = ", table[1], re.M))
-    on_board = [line for line in log if "eopc-0.0.0-py3-none-any.whl[ort]" in line]
-    assert len(on_board) == 2
-    assert not [line for line in on_board if "torch" in line or "tensorrt" in line]
-
-
 def test_assistant(world: World) -> None:
     """Both questions are answered, the meter keeps the budget, and the day's joules are written down."""
     output = world.upto("02-assistant")
-    spent = re.findall(r"\[t\d.*: (\S+ m?J) of 10 J \(prior\), ended by (?:stop|length|budget); .* left today\]", output)
+    spent = re.findall(
+        r"\[t\d.*: (\S+ m?J) of 10 J \(prior\), ended by (?:stop|length|budget); .* left today\]", output
+    )
     assert len(spent) == 2, output
     state = json.loads((world.place.board / "home/jetson/02-assistant/allowance.json").read_text(encoding="utf-8"))
     assert 0 < state["spent_j"] < 20
@@ -152,6 +142,21 @@ def test_service(world: World) -> None:
         "daemon-reload",
         "enable --now eopc-assistant.socket",
     ]
+
+
+def test_pip_is_asked_for_what_exists(world: World) -> None:
+    """The extras are the distribution's, the board gets neither torch nor a TensorRT from PyPI."""
+    world.upto("04-systemd")
+    log = (world.place.home / "pip.log").read_text(encoding="utf-8").splitlines()
+    extras = {extra for line in log for group in re.findall(r"\[([\w,-]+)\]", line) for extra in group.split(",")}
+    table = re.search(
+        r"^\[project.optional-dependencies\]\n(.*?)^\[", (ROOT / "pyproject.toml").read_text(), re.M | re.S
+    )
+    assert table is not None
+    assert extras <= set(re.findall(r"^([\w-]+) = ", table[1], re.M))
+    on_board = [line for line in log if "eopc-0.0.0-py3-none-any.whl[ort]" in line]
+    assert len(on_board) == 2
+    assert not [line for line in on_board if "torch" in line or "tensorrt" in line]
 
 
 def test_a_command_that_fails_is_noticed(tmp_path: Path) -> None:

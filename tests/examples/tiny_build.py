@@ -1,4 +1,4 @@
-"""`eopc build` with the options it is given, of a tiny random model and with little calibration text: seconds, not minutes.
+"""`eopc build` with the options it is given, of a tiny random model and with little text: seconds, not minutes.
 
 Device, dialect, precision and output are those of the command line; only budgets are others, since the model is. The
 checkpoint is named by EOPC_TEST_CHECKPOINT.

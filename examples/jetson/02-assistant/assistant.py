@@ -3,7 +3,7 @@
     python3 assistant.py BUNDLE --per-answer 10J --per-day 2kJ --state allowance.json
 
 Every line of stdin is a question; its answer goes to stdout, and what it cost to stderr. Joules are set aside before
-an answer begins and settled at its end, so a process that is killed in between costs its day too much, never too little.
+an answer begins and settled at its end, so a process killed in between costs its day too much, never too little.
 """
 
 from __future__ import annotations
@@ -110,13 +110,14 @@ def main() -> None:
         with ExitStack() as stack:
             allowance = Allowance(options.state, options.per_day)
             session = stack.enter_context(Session.open(options.bundle))
-            meter = meter_of_run(session.bundle, None, budget=True)
+            runner = session.runner
+            meter = meter_of_run(session.bundle, None, budget=True, on_gpu=runner is not None and runner.on_gpu)
             if meter is not None:
                 stack.enter_context(meter)
-            prices, warning = prices_here(session.bundle, None, meter and meter.sensor.rails, strict=False)
+            prices, warning = prices_here(session.bundle, None, meter and meter.sensor.rails, False, runner)
             session.use(meter=meter, table=prices)
-            if warning:
-                print(f"Warning: {warning}", file=sys.stderr)
+            for remark in filter(None, [warning, *session.notes]):
+                print(f"Warning: {remark}", file=sys.stderr)
             converse(session, allowance, sys.stdin, options.per_answer)
     except EopcError as error:
         sys.exit(f"Error: {error}")

@@ -53,7 +53,7 @@ def set_mode(mode: Mode, place: Place) -> str | None:
         done = subprocess.run(command, input="no\n", capture_output=True, text=True, timeout=SET_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
-    if read_power_mode(place) == mode.name:
+    if done.returncode == 0 and read_power_mode(place) == mode.name:
         return None
     said = " ".join((done.stdout + done.stderr).split())
     return said or f"nvpmodel ended with {done.returncode} and said nothing"
@@ -61,7 +61,7 @@ def set_mode(mode: Mode, place: Place) -> str | None:
 
 @contextmanager
 def mode_restored(mode: Mode, place: Place) -> Iterator[None]:
-    """Come back to a mode whatever happens inside; exits when the mode cannot be set now, before anything is changed."""
+    """Come back to a mode whatever happens inside; exits at once, with nothing changed, when it cannot be set now."""
     if (reason := set_mode(mode, place)) is not None:
         sys.exit(f"Error: `sudo -n nvpmodel -m {mode.ident}` does not work here: {reason}. The README says what to do.")
     for number in (signal.SIGTERM, signal.SIGHUP):
