@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from eopc_compiler.board.tensorrt_build import BuildSettings, EngineBuildError
+from eopc_compiler.board.tensorrt_build import BuilderCrashError, BuildSettings, EngineBuildError
 from eopc_runtime.errors import BundleError, DeviceError, EopcError
 
 COMMAND = "from eopc_compiler.board.engine_job import main; main()"
@@ -70,7 +70,7 @@ def run_job(job: EngineJob, tick: Callable[[str], None]) -> JobResult:
         tick: called with one line of TensorRT's progress.
 
     Raises:
-        EngineBuildError: TensorRT refuses the graph, or the child crashed.
+        EngineBuildError: TensorRT refuses the graph; as BuilderCrashError, the child crashed.
         DeviceError, BundleError: as in `build_plan` and `prepare_for_tensorrt`.
     """
     roots = {str(Path(sys.modules[name].__file__ or "").parents[1]) for name in ("eopc_compiler", "eopc_runtime")}
@@ -98,7 +98,7 @@ def run_job(job: EngineJob, tick: Callable[[str], None]) -> JobResult:
         if "refused" in last:
             raise REFUSALS.get(last["refused"], EopcError)(last["message"])
         stderr.seek(0)
-        raise EngineBuildError(crash_message(code, stderr.read().decode(errors="replace")))
+        raise BuilderCrashError(crash_message(code, stderr.read().decode(errors="replace")))
 
 
 def _follow(lines: IO[str], tick: Callable[[str], None]) -> dict[str, Any]:

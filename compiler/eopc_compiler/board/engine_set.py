@@ -131,13 +131,28 @@ def _build_all(
                 continue
             records = tuple(r for r in records if r is not old)
             _publish(bundle, target.key, records)  # a plan without a record is nothing; the reverse is damage
-            result = run(_job(bundle, info, target, settings, phase, graph), lambda text, t=label: tick(f"{t}: {text}"))
-            record = describe(info, phase, settings, result, replace(wanted, version=result.version), target.proxy)
+            record = build_engine(bundle, info, target, settings, phase, graph, labelled(tick, label), run)
             records = tuple(sorted((*records, record), key=lambda r: (int(r.tier[1:]), r.phase)))
             _publish(bundle, target.key, records)
             say(f"{label}: {summary(record, info)}")
     _remove_strays(set_folder(bundle.root, target.key), records)
     return EngineSet(target, settings, records, tuple(reused))
+
+
+def build_engine(
+    bundle: Bundle,
+    info: TierInfo,
+    target: BuildTarget,
+    settings: BuildSettings,
+    phase: str,
+    graph: str,
+    tick: Say,
+    run: Callable[..., JobResult] = run_job,
+) -> EngineRecord:
+    """Build one plan, into the folder of its set unless it is a proxy, and describe it."""
+    result = run(_job(bundle, info, target, settings, phase, graph), tick)
+    built = replace(fingerprint(bundle, info, target, settings, phase), version=result.version)
+    return describe(info, phase, settings, result, built, target.proxy)
 
 
 def keep_compatible(
@@ -205,6 +220,11 @@ def summary(record: EngineRecord, info: TierInfo) -> str:
         f"{record.seconds:.0f} s, {record.layers} engine layers, attention fused in {record.attention_layers} of "
         f"{attention_count(info)} layers{slow}"
     )
+
+
+def labelled(tick: Say, label: str) -> Say:
+    """Progress that says whose it is."""
+    return lambda text: tick(f"{label}: {text}")
 
 
 def _job(

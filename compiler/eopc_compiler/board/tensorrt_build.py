@@ -33,6 +33,10 @@ class EngineBuildError(EopcError):
     """TensorRT refused a graph; the message carries TensorRT's own words."""
 
 
+class BuilderCrashError(EngineBuildError):
+    """The builder ended without a word: a crash, or no memory. It says nothing of the graph."""
+
+
 @dataclass(frozen=True, slots=True)
 class BuildSettings:
     """What a plan is built for."""
