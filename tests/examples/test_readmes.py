@@ -66,8 +66,6 @@ def eopc_lines() -> list[list[str]]:
 def test_commands_exist(words: list[str]) -> None:
     """Command, options and arguments are known to click, also where a stand-in would not notice."""
     pytest.importorskip("torch", reason="`eopc build` needs the compiler extra")
-    if words[1] == "engine" and "engine" not in cli.list_commands(click.Context(cli)):
-        pytest.skip("this checkout has no `eopc engine` yet")
     context = click.Context(cli, info_name="eopc")
     name, command, rest = cli.resolve_command(context, words[1:])
     while isinstance(command, click.Group):
@@ -91,18 +89,18 @@ def test_build_and_copy(world: World) -> None:
 
 def test_the_engine_line_names_what_is_missing(world: World) -> None:
     """Without a GPU: exit code 1 and one sentence, no traceback, nothing written."""
-    if "engine" not in cli.list_commands(click.Context(cli)):
-        pytest.skip("this checkout has no `eopc engine` yet")
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("there is an NVIDIA GPU here")
     output = world.upto("01-build-and-copy")
     stopped = (world.place.board / "home/stopped.txt").read_text(encoding="utf-8")
     assert "stopped with 1" in output
     assert stopped.startswith("Error: ")
-    assert re.search("GPU|TensorRT", stopped)
+    assert "no NVIDIA GPU here" in stopped
     assert not (world.place.board / "home/smollm2.eopc/engines").exists()
 
 
 def test_assistant(world: World) -> None:
-    """Both questions are answered, the meter keeps the budget, and the day's joules are written down."""
+    """Both questions are answered within their budget, and the day's joules are written down."""
     output = world.upto("02-assistant")
     spent = re.findall(
         r"\[t\d.*: (\S+ m?J) of 10 J \(prior\), ended by (?:stop|length|budget); .* left today\]", output
@@ -180,7 +178,7 @@ def test_readmes_say_what_was_executed() -> None:
             assert link.startswith("http") or (readme.parent / link).exists(), f"{readme}: {link}"
 
 
-def test_examples_are_python_3_10(tmp_path: Path) -> None:
+def test_examples_are_python_3_10() -> None:
     """JetPack 6 has Python 3.10: the scripts parse by its grammar."""
     import ast
 
