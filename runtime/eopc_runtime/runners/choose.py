@@ -73,8 +73,8 @@ def open_tensorrt(bundle: Bundle) -> Chosen:
     Raises:
         BundleError, EngineMismatchError, DeviceError, MissingExtraError: see `open_pool`.
     """
-    from eopc_runtime.engines import COMPILERS
     from eopc_runtime.gpu_probe import require_gpu
+    from eopc_runtime.profiles import ENGINE_COMPILERS
 
     if not has_plans(bundle.root):
         raise BundleError(f"{bundle.root} has no engines. Build them: eopc engine {bundle.root}")
@@ -89,7 +89,7 @@ def open_tensorrt(bundle: Bundle) -> Chosen:
     device = CudaDevice()
     loader = Loader(import_compiler(built.compiler))
     pool = TensorRtPool(bundle, key, records, loader, device, int(RESIDENT_SHARE * gpu.memory_bytes))
-    return Chosen("tensorrt", pool, f"{COMPILERS[built.compiler]} {built.version}")
+    return Chosen("tensorrt", pool, f"{ENGINE_COMPILERS[built.compiler]} {built.version}")
 
 
 def find_set(bundle: Bundle, gpu: Gpu, driver: str) -> tuple[str, tuple[EngineRecord, ...]]:

@@ -92,6 +92,14 @@ def test_with_a_gpu_and_no_tensorrt_the_extra_is_named(
         open_tensorrt(bundle)
 
 
+def test_a_runtime_that_does_not_start_says_why(make_engines: Any, gpu: Any) -> None:
+    """TensorRT's Python gives a TypeError about a null pointer; the reason is in its log."""
+    bundle = make_engines()
+    gpu.trt.fault = "CUDA initialization failure with error: 35"
+    with pytest.raises(DeviceError, match=r"10\.3\.0 does not start on this GPU: CUDA initialization failure"):
+        open_tensorrt(bundle)
+
+
 def test_a_tier_without_an_engine_or_of_another_length_is_refused(make_engines: Any, gpu: Any) -> None:
     """A set is whole, and its caches are interchangeable."""
     bundle = make_engines()
