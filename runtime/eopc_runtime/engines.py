@@ -202,6 +202,24 @@ def check_engine(record: EngineRecord, machine: Machine, graph: str, bundle: str
         )
 
 
+def verify_engines(bundle: Bundle) -> dict[str, tuple[EngineRecord, ...]]:
+    """Return the engines of a bundle by key, after checking that every plan is whole and made from these graphs.
+
+    Raises:
+        BundleError: a plan is missing or damaged, or belongs to a tier that is not there.
+        EngineMismatchError: the bundle was built again since.
+    """
+    sets = {key: read_engines(bundle.root, key) for key in list_engine_sets(bundle.root)}
+    for key, record in ((key, record) for key, records in sets.items() for record in records):
+        check_plan_file(bundle.root, key, record)
+        if record.fingerprint.graph_sha256 != graph_sha256(bundle, bundle.tier(record.tier)):
+            raise EngineMismatchError(
+                f"{ENGINES_FOLDER}/{key} was built from other graphs or weights of {record.tier} than the bundle has "
+                f"now. Build it again: eopc engine {bundle.root}{' --proxy' if record.proxy else ''}"
+            )
+    return sets
+
+
 def check_plan_file(bundle_root: Path, key: str, record: EngineRecord, verify: bool = True) -> None:
     """Raise BundleError unless a record's plan is there with its size and, with `verify`, its sha256."""
     if record.file is None or record.sha256 is None:

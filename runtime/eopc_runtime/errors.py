@@ -69,7 +69,7 @@ class ParityError(EopcError):
 class MissingExtraError(EopcError):
     """An optional dependency is not installed; the message gives the install line."""
 
-    def __init__(self, what: str, package: str, extra: str) -> None:
+    def __init__(self, what: str, package: str, extra: str, hint: str = "") -> None:
         super().__init__(
-            f'{what} needs the {extra} extra ({package} is not installed). Run: pip install "eopc[{extra}]"'
+            f'{what} needs the {extra} extra ({package} is not installed). Run: pip install "eopc[{extra}]"{hint}'
         )
