@@ -86,7 +86,7 @@ def test_every_name_taken_from_the_module_exists(path: Path, listed: Api) -> Non
     """`trt.X` and `trt.X.Y` in the source, classes and members of enumerations."""
     for chain in chains(path, "trt"):
         name, *rest = chain
-        if name.startswith("__") or name in GUARDED:
+        if not name[0].isupper() or name in GUARDED:  # classes; a variable of this name may be something else
             continue
         assert name in listed, f"TensorRT has no {name}"
         assert not rest or rest[0] in listed[name] or rest[0].startswith("__"), f"{name} has no {rest[0]}"
@@ -106,7 +106,7 @@ def test_every_member_the_builder_uses_exists(path: Path, listed: Api) -> None:
 def test_cuda_python_has_what_the_runner_calls() -> None:
     """Functions and enumerations of cuda.bindings.runtime; without a driver they answer with a code."""
     cuda = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings: pip install cuda-bindings")
-    used = {chain[1] for chain in chains(RUNNER / "cuda.py", "self") if chain[0] == "_cuda" and len(chain) > 1}
+    used = {name for name, *_ in chains(RUNNER / "cuda.py", "_cuda")}
     assert len(used) > 15
     assert [name for name in sorted(used) if not hasattr(cuda, name)] == []
     assert isinstance(int(cuda.cudaMalloc(256)[0]), int)
@@ -115,7 +115,8 @@ def test_cuda_python_has_what_the_runner_calls() -> None:
 
 def test_the_fake_has_what_the_runner_calls(fake_cuda: Any) -> None:
     """The same, so that the fake does not fall behind."""
-    used = {chain[1] for chain in chains(RUNNER / "cuda.py", "self") if chain[0] == "_cuda" and len(chain) > 1}
+    used = {name for name, *_ in chains(RUNNER / "cuda.py", "_cuda")}
+    assert len(used) > 15
     assert [name for name in sorted(used) if not hasattr(fake_cuda.FakeCuda, name)] == []
 
 
@@ -135,7 +136,7 @@ def test_arity_reads_signatures(line: str, expected: tuple[int, int]) -> None:
 def test_chains_sees_what_is_used(tmp_path: Path) -> None:
     """The negative twin: a member that does not exist is found."""
     source = tmp_path / "a.py"
-    source.write_text("def f(trt):\n    return trt.Builder.nothing(trt.Runtime)\n")
+    source.write_text("def f(self, trt):\n    return trt.Builder.nothing(self.trt.Runtime)\n")
     assert sorted(chains(source, "trt")) == [("Builder", "nothing"), ("Runtime",)]
 
 
@@ -150,7 +151,7 @@ def arity(signature: str) -> tuple[int, int]:
 
 
 def chains(path: Path, variable: str) -> list[tuple[str, ...]]:
-    """Attributes taken from a variable in a source file, the longest chain of each: trt.A.B gives (A, B)."""
+    """Attributes of a variable, or of self's, in a source file; the longest chain of each: trt.A.B gives (A, B)."""
     found, inner = [], set()
     for node in ast.walk(ast.parse(path.read_text())):  # outer nodes come first
         names: list[str] = []
@@ -159,6 +160,8 @@ def chains(path: Path, variable: str) -> list[tuple[str, ...]]:
             names.insert(0, node.attr)
             node = node.value
             inner.add(node)
-        if names and top not in inner and isinstance(node, ast.Name) and node.id == variable:
-            found.append(tuple(names))
+        if names and top not in inner and isinstance(node, ast.Name):
+            whole = [*([] if node.id == "self" else [node.id]), *names]
+            if whole[0] == variable and len(whole) > 1:
+                found.append(tuple(whole[1:]))
     return found
