@@ -58,6 +58,7 @@ CLASSES = (
     "Runtime",
     "TensorIOMode",
 )
+KEPT = ("add_optimization_profile",)
 _READ = """
 import importlib, json, sys
 trt = importlib.import_module(sys.argv[1])
@@ -66,7 +67,7 @@ for name in sys.argv[2:]:
     found = getattr(trt, name, None)
     if found is not None:
         out[name] = {m: getattr(getattr(found, m), "__doc__", None) for m in dir(found) if not m.startswith("_")}
-print(json.dumps({"version": trt.__version__, "names": [n for n in dir(trt) if not n.startswith("_")], "docs": out}))
+print(json.dumps({"version": trt.__version__, "docs": out}))
 """
 
 
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the wheel was unpacked")
     parser.add_argument("--module", default="tensorrt_bindings")
     args = parser.parse_args()
-    print(json.dumps(read_api(args.folder, args.module), indent=1))
+    sys.stdout.write(json.dumps(read_api(args.folder, args.module), indent=1) + "\n")
 
 
 def read_api(folder: Path, module: str) -> dict[str, object]:
@@ -91,10 +92,12 @@ def read_api(folder: Path, module: str) -> dict[str, object]:
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     content = json.loads(done.stdout)
     classes = {
-        name: {member: signatures(member, doc or "", module) for member, doc in members.items()}
-        for name, members in content["docs"].items()
+        name: {
+            m: signatures(m, doc or "", module) for m, doc in members.items() if not m.startswith("add_") or m in KEPT
+        }
+        for name, members in content["docs"].items()  # what adds single layers is not used: networks are parsed
     }
-    return {"version": content["version"], "names": content["names"], "classes": classes}
+    return {"version": content["version"], "classes": classes}
 
 
 def compile_empty(folder: Path, name: str, functions: tuple[str, ...]) -> None:

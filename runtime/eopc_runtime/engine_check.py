@@ -8,7 +8,8 @@ similarity) and for the most likely token, and says how near they came.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +90,24 @@ def check_against_ort(
     reference = OrtTier(bundle, info, threads, exact=bundle.path(info.graph).read_bytes())
     pairs = zip(read_along(pool.get(tier), ids), read_along(reference, ids), strict=True)
     return summarise(tier, list(pairs))
+
+
+def check_engines(
+    bundle: Bundle, tiers: Sequence[str] = (), show: Callable[[str], None] | None = None
+) -> list[EngineCheck]:
+    """Compare the engines that fit this machine with ONNX Runtime, all tiers unless some are named.
+
+    Raises what `runners.choose.open_tensorrt` and `check_against_ort` raise.
+    """
+    from eopc_runtime.runners.choose import open_tensorrt
+
+    found = []
+    with closing(open_tensorrt(bundle).pool) as pool:
+        for tier in tiers or [info.tier for info in bundle.manifest.tiers]:
+            if show is not None:
+                show(f"check {tier} against ONNX Runtime")
+            found.append(check_against_ort(bundle, tier, pool))
+    return found
 
 
 def read_along(runner: TierRunner, ids: Sequence[int]) -> Iterator[Logits]:

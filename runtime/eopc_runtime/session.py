@@ -222,7 +222,7 @@ class Session:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the runner: why it is not another one, what it could not do."""
-        return (*(self.runner.notes if self.runner else ()), *getattr(self.pool, "notes", ()))
+        return self.runner.remarks if self.runner else ()
 
     def close(self) -> None:
         """Release the runners; a meter belongs to whoever opened it."""

@@ -173,7 +173,7 @@ class Place:
             env={**self.environment(on_board), **changes},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1200,  # seconds on a machine of one's own
             check=False,
         )
 

@@ -31,11 +31,14 @@ class World:
     place: Place
     checkpoint: Path
     output: dict[str, str] = field(default_factory=dict)
+    begun: set[str] = field(default_factory=set)
 
     def upto(self, step: str) -> str:
         """Run the READMEs up to one; return what its commands printed, stdout and stderr of one block after another."""
         for name in STEPS[: STEPS.index(step) + 1]:
             if name not in self.output:
+                assert name not in self.begun, f"{name} has failed before"
+                self.begun.add(name)
                 todo = [block for block in blocks(EXAMPLES / name / "README.md") if block.tag != "jetpack7"]
                 self.output[name] = "".join(self._run(block) for block in todo)
         return self.output[step]

@@ -15,6 +15,7 @@ LATE = [
     "tensorrt",
     "tensorrt_rtx",
     "tensorrt_rtx_bindings",
+    "cuda",
     "pynvml",
 ]  # runners and meters import these when they open
 IMPORT_ALL = """

@@ -6,6 +6,7 @@ It runs on the board, where there is no torch.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from eopc_runtime.cli.output import Progress, format_bytes, print_json, print_ta
 
 if TYPE_CHECKING:
     from eopc_compiler.board.engine_set import EngineSet
+    from eopc_runtime.engine_check import EngineCheck
 
 
 @click.command(name="engine")
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
 )
 @click.option("--rebuild", is_flag=True, help="Build engines again that are there already.")
 @click.option("--no-memory-check", is_flag=True, help="Build although the memory does not seem to suffice.")
+@click.option(
+    "--check", is_flag=True, help="Then compare the engines with ONNX Runtime on this machine's CPU, token by token."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def engine(
     bundle: Path,
@@ -51,6 +56,7 @@ def engine(
     workspace_mib: int | None,
     rebuild: bool,
     no_memory_check: bool,
+    check: bool,
     as_json: bool,
 ) -> None:
     """Compile the tiers of BUNDLE into TensorRT engines, in BUNDLE/engines.
@@ -59,7 +65,12 @@ def engine(
     plan serves prefill and decode. No torch is needed.
     """
     from eopc_compiler.board.engine_set import EngineArgs, build_engines
+    from eopc_runtime.bundle import Bundle
+    from eopc_runtime.engine_check import check_engines
+    from eopc_runtime.errors import UsageError
 
+    if check and proxy:
+        raise UsageError("--check runs the engines, and --proxy keeps none. Drop one of the two.")
     args = EngineArgs(
         bundle=bundle,
         device=device,
@@ -75,11 +86,16 @@ def engine(
     result = build_engines(
         args, lambda text: progress.done(f"[{time.monotonic() - started:5.1f} s] {text}"), progress.update
     )
+    opened = Bundle.open(bundle, verify=False)
+    checks = check_engines(opened, tiers, progress.update) if check else []
     if as_json:
-        print_json(describe(result))
-        return
-    progress.done("")
-    print_engines(result)
+        print_json({**describe(result), **({"checks": [asdict(c) for c in checks]} if check else {})})
+    else:
+        progress.done("")
+        print_engines(result)
+        print_checks(checks)
+    for found in checks:
+        found.require(opened)
 
 
 def describe(result: EngineSet) -> dict[str, Any]:
@@ -97,6 +113,15 @@ def describe(result: EngineSet) -> dict[str, Any]:
             for record in result.records
         ],
     }
+
+
+def print_checks(checks: Sequence[EngineCheck]) -> None:
+    """A line per engine: how near it is to its graph."""
+    for check in checks:
+        click.echo(
+            f"{check.tier}: cosine of the logits at least {check.cosine_min:.4f}, most likely token the same in "
+            f"{check.top1_agreement:.1%} of {check.tokens} positions"
+        )
 
 
 def print_engines(result: EngineSet) -> None:

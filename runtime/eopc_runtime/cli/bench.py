@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from eopc_runtime.cli.machine import machine_info, peak_rss_bytes, usable_cores, versions
+from eopc_runtime.cli.meters import runner_name
 from eopc_runtime.cli.output import Progress, format_bytes, print_json, print_table
 from eopc_runtime.cli.runners import runner_option, show_notes
 
@@ -68,7 +69,7 @@ def bench(
             f"{manifest.model.name} {manifest.precision} for {manifest.device}: "
             f"{prompt_tokens} + {new_tokens} tokens, median of {runs}"
         )
-        click.echo(f"{machine_info()['cpu']}, {threads or usable_cores()} threads, {_shown_versions()}")
+        click.echo(f"{machine_info()['cpu']}; {rows[0]['runner']}; {_shown_versions()}")
         print_table(
             ("tier", "prefill tokens/s", "decode tokens/s", "first token", "peak memory"),
             [_shown(r) for r in rows],
@@ -135,6 +136,7 @@ def _bench_here(
 
     with Session.open(bundle, threads=threads, runner=runner, verify=False) as session:
         row = bench_tier(session, name, prompt_tokens, new_tokens, runs)
+        row["runner"] = runner_name(threads, session.runner)
         show_notes(session.notes)
     return row
 

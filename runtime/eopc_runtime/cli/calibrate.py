@@ -10,7 +10,7 @@ import click
 
 from eopc_runtime.cli.meters import meter_options
 from eopc_runtime.cli.output import Progress, print_json, print_table
-from eopc_runtime.cli.runners import runner_option
+from eopc_runtime.cli.runners import runner_option, show_notes
 
 if TYPE_CHECKING:
     from eopc_runtime.calibration.calibrate import Outcome
@@ -116,6 +116,7 @@ def calibrate(
         for remark in (*chosen.notes, *opened.sensor.remarks):
             progress.done(remark)
         outcome = run_calibration(bundle, rig, settings)
+        show_notes(tuple(note for note in chosen.remarks if note not in chosen.notes))
     if as_json:
         print_json(describe(outcome))
     else:

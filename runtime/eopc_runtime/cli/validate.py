@@ -168,7 +168,7 @@ def live(
         draws = draw_sequences(lengths_of(table, bundle.manifest.context), len(table.tiers), sequences, seed)
         checked = run_sequences(bundle, table, pool, opened, draws, show=progress.update, seed=seed)
         name = f"{opened.sensor.name} ({' + '.join(opened.sensor.rails)})"
-        notes = [*chosen.notes, *opened.sensor.remarks]
+        notes = [*chosen.remarks, *opened.sensor.remarks]
     disturbed = sum((item.others_share or 0.0) > QUIET_SHARE for item in checked)
     if disturbed:
         notes.append(f"during {disturbed} of {len(checked)} sequences other processes used the CPU")

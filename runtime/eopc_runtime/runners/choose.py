@@ -27,13 +27,18 @@ class Chosen:
 
     runner: str  # a name of RUNNERS other than auto
     pool: RunnerPool
-    version: str  # what executes, "TensorRT 10.3.0"; prices of another are other prices
+    version: str  # what executes, and the GPU if one does; prices of another are other prices
     notes: tuple[str, ...] = ()
 
     @property
     def on_gpu(self) -> bool:
         """Whether a GPU does the work, so that its power is the one to read."""
         return self.runner != "ort"
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The notes, and what the runners have found since, for example that a CUDA graph was refused."""
+        return (*self.notes, *getattr(self.pool, "notes", ()))
 
 
 def open_pool(bundle: Bundle, runner: str = "auto", threads: int | None = None) -> Chosen:
@@ -73,8 +78,8 @@ def open_tensorrt(bundle: Bundle) -> Chosen:
     Raises:
         BundleError, EngineMismatchError, DeviceError, MissingExtraError: see `open_pool`.
     """
-    from eopc_runtime.engines import COMPILERS
     from eopc_runtime.gpu_probe import require_gpu
+    from eopc_runtime.profiles import ENGINE_COMPILERS
 
     if not has_plans(bundle.root):
         raise BundleError(f"{bundle.root} has no engines. Build them: eopc engine {bundle.root}")
@@ -89,7 +94,7 @@ def open_tensorrt(bundle: Bundle) -> Chosen:
     device = CudaDevice()
     loader = Loader(import_compiler(built.compiler))
     pool = TensorRtPool(bundle, key, records, loader, device, int(RESIDENT_SHARE * gpu.memory_bytes))
-    return Chosen("tensorrt", pool, f"{COMPILERS[built.compiler]} {built.version}")
+    return Chosen("tensorrt", pool, f"{ENGINE_COMPILERS[built.compiler]} {built.version}, {gpu.name}")
 
 
 def find_set(bundle: Bundle, gpu: Gpu, driver: str) -> tuple[str, tuple[EngineRecord, ...]]:
@@ -142,8 +147,9 @@ def _open_ort_gpu(bundle: Bundle, runner: str, threads: int | None) -> Chosen:
     offered = ort.get_available_providers()
     if PROVIDERS[runner][0] not in offered:
         check_providers(["CPUExecutionProvider"], PROVIDERS[runner], ort)
-    require_gpu(f"--runner {runner}")
-    return Chosen(runner, OrtGpuPool(bundle, runner, threads), f"{_ort_version(ort)} {PROVIDERS[runner][0]}")
+    gpu, _ = require_gpu(f"--runner {runner}")
+    version = f"{_ort_version(ort)} {PROVIDERS[runner][0]}, {gpu.name}"
+    return Chosen(runner, OrtGpuPool(bundle, runner, threads), version)
 
 
 def _ort_version(ort: object) -> str:

@@ -88,6 +88,9 @@ class FakeTensorRt:
         """As the class of this name."""
         assert logger.started, "ILogger.__init__ was not called"
         self.imported_runtime += 1
+        if self.fault:
+            logger.log(ILogger.ERROR, self.fault)
+            raise TypeError("pybind11::init(): factory function returned nullptr")
         return FakeRuntime(self, logger)
 
 

@@ -25,7 +25,8 @@ NO_GPU = json.dumps({"init": 100, "driver": "0.0", "devices": []})
 def test_auto_takes_engines_that_fit(make_engines: Any, gpu: Any) -> None:
     """No note, and the work runs on the GPU."""
     chosen = open_pool(make_engines())
-    assert (chosen.runner, chosen.version, chosen.notes, chosen.on_gpu) == ("tensorrt", "TensorRT 10.3.0", (), True)
+    assert (chosen.runner, chosen.version) == ("tensorrt", "TensorRT 10.3.0, Orin")
+    assert (chosen.notes, chosen.on_gpu) == ((), True)
 
 
 def test_without_engines_no_gpu_is_looked_for(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +90,14 @@ def test_with_a_gpu_and_no_tensorrt_the_extra_is_named(
             open_tensorrt(bundle)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(MissingExtraError, match="cuda-bindings is not installed"):
+        open_tensorrt(bundle)
+
+
+def test_a_runtime_that_does_not_start_says_why(make_engines: Any, gpu: Any) -> None:
+    """TensorRT's Python gives a TypeError about a null pointer; the reason is in its log."""
+    bundle = make_engines()
+    gpu.trt.fault = "CUDA initialization failure with error: 35"
+    with pytest.raises(DeviceError, match=r"10\.3\.0 does not start on this GPU: CUDA initialization failure"):
         open_tensorrt(bundle)
 
 
@@ -156,6 +165,7 @@ def test_a_provider_that_onnxruntime_does_not_have_is_an_error(tiny_bundle: Path
         open_pool(bundle, "ort-tensorrt")
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")  # onnxruntime warns, and goes on
 def test_what_a_session_really_got_is_read_back(tiny_bundle: Path) -> None:
     """A build may offer a provider that then does not load: the session says so, and it is believed."""
     bundle = Bundle.open(tiny_bundle)
@@ -164,6 +174,7 @@ def test_what_a_session_really_got_is_read_back(tiny_bundle: Path) -> None:
     check_providers(["CUDAExecutionProvider", "CPUExecutionProvider"], ("CUDAExecutionProvider",), None)
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
 def test_caches_in_ortvalues_compute_the_same(tiny_bundle: Path) -> None:
     """The path for a device's memory, here on the CPU: prefill over a growth, steps, and a move down the ladder."""
     bundle = Bundle.open(tiny_bundle)

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from eopc_runtime.engine_check import EngineCheck, check_against_ort, cosine, summarise
+from eopc_runtime.cli.main import cli
+from eopc_runtime.engine_check import EngineCheck, check_against_ort, check_engines, cosine, summarise
 from eopc_runtime.errors import EngineMismatchError, PromptError
 from eopc_runtime.runners.choose import open_tensorrt
 
@@ -20,6 +22,23 @@ def test_a_faithful_engine_passes(make_engines: Any, gpu: Any) -> None:
     assert found.cosine_min > 0.99999
     assert found.top1_agreement == 1.0
     found.require(bundle)
+
+
+def test_all_engines_of_a_bundle_are_checked(make_engines: Any, gpu: Any) -> None:
+    """Or the tiers that are named; the GPU's memory is free again afterwards."""
+    shown: list[str] = []
+    bundle = make_engines()
+    assert [found.tier for found in check_engines(bundle, ("t2",), shown.append) if found.ok] == ["t2"]
+    assert shown == ["check t2 against ONNX Runtime"]
+    assert [found.tier for found in check_engines(bundle) if found.ok] == ["t0", "t1", "t2"]
+    assert gpu.cuda.used == 0
+
+
+def test_engine_check_command_needs_plans(tiny_bundle: Any) -> None:
+    """--proxy keeps none."""
+    result = CliRunner().invoke(cli, ["engine", str(tiny_bundle), "--proxy", "--check"])
+    assert result.exit_code == 1
+    assert "--proxy keeps none" in result.stderr
 
 
 def test_an_engine_that_computes_something_else_is_found_out(make_engines: Any, gpu: Any) -> None:

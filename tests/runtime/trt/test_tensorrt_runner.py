@@ -33,7 +33,7 @@ def test_a_session_generates_the_same_tokens_as_on_the_cpu(make_engines: Any, gp
             for tier, text in zip(session.tiers, wanted, strict=True):
                 assert session.generate("Once upon a time", tier=tier, max_new_tokens=24).text == text
         assert session.runner is not None
-        assert (session.runner.version, session.notes) == ("TensorRT 10.3.0", ())
+        assert (session.runner.version, session.notes) == ("TensorRT 10.3.0, Orin", ())
     assert gpu.cuda.launches > 2 * 3 * 15
     assert gpu.trt.profile_switches == 0
     assert (gpu.cuda.used, gpu.cuda.host, gpu.cuda.graphs, gpu.cuda.streams, gpu.trt.live_engines) == (0, {}, {}, {}, 0)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from eopc_runtime.errors import BundleError, DeviceMemoryError, EngineMismatchError, MissingExtraError
+from eopc_runtime.errors import BundleError, DeviceError, DeviceMemoryError, EngineMismatchError, MissingExtraError
 
 # by compiler: its module and its extra
 MODULES = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt_rtx": ("tensorrt_rtx_bindings", "tensorrt-rtx")}
@@ -99,10 +99,20 @@ class Loader:
     """TensorRT's runtime with what it last complained about."""
 
     def __init__(self, trt: Any) -> None:
-        """Start the runtime of a module from `import_compiler`; only where a GPU answers."""
+        """Start the runtime of a module from `import_compiler`; only where a GPU answers.
+
+        Raises:
+            DeviceError: TensorRT does not start, for example because it and the driver do not go together.
+        """
         self._messages: list[str] = []
         self._logger = make_logger(trt, self._messages)  # the runtime keeps no reference of its own
-        self._runtime: Runtime = trt.Runtime(self._logger)
+        try:
+            self._runtime: Runtime = trt.Runtime(self._logger)
+        except TypeError as error:  # what a null pointer becomes in Python
+            raise DeviceError(
+                f"TensorRT {trt.__version__} does not start on this GPU: {self.last_words()}. Check that it goes "
+                "together with the driver (`eopc doctor`)."
+            ) from error
         self._user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
 
     def load(self, plan: Path, command: str) -> Engine:
@@ -166,7 +176,7 @@ def make_logger(trt: Any, messages: list[str]) -> Any:
 
 
 def import_compiler(compiler: str) -> Any:
-    """The module of a compiler, a key of `engines.COMPILERS`; call it only once a GPU has answered a probe.
+    """The module of a compiler, a key of `profiles.ENGINE_COMPILERS`; call it only once a GPU has answered a probe.
 
     Raises:
         MissingExtraError: it is not installed.

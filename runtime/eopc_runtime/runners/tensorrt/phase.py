@@ -74,12 +74,16 @@ class Phase:
         self._context: Context = space.loader.new_context(engine, space.command)
         self._require(self._context.set_optimization_profile_async(profile, space.stream), f"take profile {profile}")
         space.device.wait(space.stream)
-        self._block, self._pinned = 0, np.empty(0, np.uint8)
-        self._buffers = self._make_buffers()
         self._graphs = graphs
+        self._graph: int | None = None
         self._bound: tuple[object, ...] = ()
         self._steps = 0  # since the context was bound last
-        self._graph: int | None = None
+        self._block, self._pinned = 0, np.empty(0, np.uint8)
+        try:
+            self._buffers = self._make_buffers()
+        except DeviceError:
+            self.close()
+            raise
 
     def run(
         self, arena: Arena, addresses: Mapping[str, int], length: int, tokens: Sequence[int], wanted: Sequence[int]
@@ -113,8 +117,9 @@ class Phase:
         self._drop_graph()
         if self._block:
             self._space.device.release(self._block)
+        if self._pinned.size:
             self._space.device.release_host(self._pinned)
-        self._block, self._buffers = 0, {}
+        self._block, self._pinned, self._buffers = 0, np.empty(0, np.uint8), {}
 
     def _make_buffers(self) -> dict[str, _Buffer]:
         """Device and host memory for the largest step, all inputs and the logits in one block each."""
