@@ -32,6 +32,7 @@ from eopc_compiler.ladder import Mask, full_mask, read_masks, tier_config
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.observations_file import load_observations, save_observations
 from eopc_compiler.planner import Objective, TierPlan, plan_ladder, plan_masks
+from eopc_compiler.proxies import compile_proxies
 from eopc_compiler.recover import RECOVERY_TOKENS, RecoverSettings, recover_ladder, training_windows
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_plan
 from eopc_compiler.state import CompileState, PrecisionTrial
@@ -344,6 +345,7 @@ PASSES: tuple[Pass, ...] = (
     check_operators,  # before staging: a refusal on the board would come too late to change the graph
     stage_bundle,  # before checks: what is checked is the bundle as it ships
     check_and_measure,  # parity gate, then perplexity through the runtime itself
+    compile_proxies,  # last: an export bug is cheaper to see in the parity gate
 )
 
 
