@@ -173,7 +173,7 @@ def test_the_childs_progress_result_and_refusal_come_through(monkeypatch: pytest
     assert ticks == ["Optimizing graph 3/30"]
     refusal = json.dumps({"refused": "DeviceError", "message": "no SM87"})
     monkeypatch.setattr(engine_job, "COMMAND", f"print({refusal!r})")
-    with pytest.raises(DeviceError, match="^no SM87$"):
+    with pytest.raises(DeviceError, match="no SM87"):
         run_job(JOB, ticks.append)
 
 
@@ -227,7 +227,7 @@ def test_a_plan_is_looked_into_where_there_is_a_gpu() -> None:
 def test_board_modules_are_loaded_by_the_command_without_torch() -> None:
     """`eopc engine` runs where neither torch nor the checkpoint libraries are."""
     code = (
-        "import sys; [sys.modules.__setitem__(n, None) for n in ('torch', 'transformers', 'safetensors', 'onnxscript')];"
+        "import sys; [sys.modules.__setitem__(n, None) for n in ('torch', 'transformers', 'safetensors', 'onnx_ir')];"
         "from eopc_compiler.board import engine_set, engine_job, tensorrt_graph; import eopc_compiler.cli.engine"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
