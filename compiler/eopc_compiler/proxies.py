@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from eopc_compiler.board.engine_memory import check_memory
-from eopc_compiler.board.engine_set import EngineArgs, build_engine, choose_settings, fingerprint, summary
+from eopc_compiler.board.engine_set import EngineArgs, build_engine, choose_settings, fingerprint, labelled, summary
 from eopc_compiler.board.engine_target import BuildTarget, resolve_target
 from eopc_compiler.board.tensorrt_build import BuilderCrashError, BuildSettings, EngineBuildError
 from eopc_compiler.stage_bundle import manifest_tiers, write_manifest
@@ -38,7 +38,7 @@ def compile_proxies(state: CompileState) -> CompileState:
     bundle = Bundle.open(state.staged, verify=False)
     tiers = bundle.manifest.tiers
     chosen = {"all": tiers, "ends": (tiers[0], tiers[-1]), "none": ()}[state.args.proxy]
-    notes = dict.fromkeys((t.tier for t in tiers), dict[str, Any](skipped=f"--proxy {state.args.proxy}"))
+    notes: dict[str, dict[str, Any]] = {t.tier: {"skipped": f"--proxy {state.args.proxy}"} for t in tiers}
     if chosen:
         notes |= _compile(state, bundle, list(dict.fromkeys(t.tier for t in chosen)))
     final = replace(bundle.manifest, tiers=tuple(replace(t, proxy=notes[t.tier]) for t in tiers))
@@ -67,10 +67,8 @@ def _compile_tier(
 
         def produce(path: Path, phase: str = phase, graph: str = graph) -> None:
             state.say(f"compiling {info.tier} with {target.title}")
-            tick = state.tick
-            record = build_engine(
-                bundle, info, target, settings, phase, graph, lambda text: tick(f"{info.tier}: {text}")
-            )
+            tick = labelled(state.tick, info.tier)
+            record = build_engine(bundle, info, target, settings, phase, graph, tick)
             state.say(f"{info.tier}: {summary(record, info)}")
             path.write_text(json.dumps(asdict(record)), encoding="utf-8")
 
