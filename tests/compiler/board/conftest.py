@@ -21,7 +21,7 @@ from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
 
 CONTEXT = 256
 PRUNED = Mask((LayerDims(0, 1, 128), LayerDims(1, 2, 192)))  # both layers keep pieces, one of them a single KV group
-SHORT = Mask((LayerDims(1, 2, 128),))  # a layer dropped
+SHORT = Mask((LayerDims(1, 2, 192),))  # a layer dropped, and nothing cut that PRUNED leaves whole
 MakeTier = Callable[..., Path]
 
 
