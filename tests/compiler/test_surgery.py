@@ -180,7 +180,9 @@ def test_a_correction_is_a_share_of_what_the_kept_inputs_tell(share: float) -> N
     kept = torch.arange(4, INPUTS)
     target = x[:, kept] @ weight[:, kept].t() + 3.0
     added, bias = correction(moments_of(x, target), kept, share, damping=1e-9)
-    assert torch.allclose(x[:, kept].double() @ added.t() + bias, share * target.double(), atol=1e-4)  # fp32 sums of terms near 20
+    assert torch.allclose(
+        x[:, kept].double() @ added.t() + bias, share * target.double(), atol=1e-4
+    )  # fp32 sums of terms near 20
 
 
 def test_compensation_keeps_columns_and_the_mean() -> None:

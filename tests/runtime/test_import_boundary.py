@@ -65,7 +65,7 @@ def test_every_board_module_imports_without_torch() -> None:
     assert {
         "eopc_compiler.board.rules",
         "eopc_compiler.board.tensorrt_graph",
-        "eopc_compiler.board.tensorrt_rtx",
+        "eopc_compiler.board.tensorrt_build",
     } <= set(done.stdout.split())
 
 

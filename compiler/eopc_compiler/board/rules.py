@@ -5,7 +5,7 @@ later. One allow-list per compiler lies in `allow_lists/`: operators with their 
 its source and what TensorRT-RTX, the one compiler that builds without a GPU, does with a graph that breaks it. A list
 based on another one adds to its operators, replaces rules of the same name and leaves some out.
 
-Passing a list is no proof: a parse is not a build (see tensorrt_rtx.compile_proxy). It finds known refusals, in
+Passing a list is no proof: a parse is not a build (see tensorrt_build). It finds known refusals, in
 milliseconds.
 """
 

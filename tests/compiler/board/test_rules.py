@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from eopc_compiler.board.compilers import open_compiler
 from eopc_compiler.board.rules import AllowList, RefusedGraphError, all_lists, check_graph, require_allowed
-from eopc_compiler.board.tensorrt_rtx import EngineBuildError, compile_proxy
+from eopc_compiler.board.tensorrt_build import BuildSettings, EngineBuildError, build_plan
 
 LISTS = {rules.name: rules for rules in all_lists()}
 RTX = "tensorrt-rtx-1.7"
@@ -290,11 +291,13 @@ def test_tensorrt_rtx_does_what_the_lists_say(name: str, tmp_path: Path) -> None
     if broken:
         marks = {rule.rtx for rules in LISTS.values() for rule in rules.rules if rule.name == broken.rule}
         assert marks <= {"accepts" if builds else "refuses", "varies"}
+    compiler, settings = open_compiler("tensorrt_rtx", "a test"), BuildSettings(128, 64, 32)
+    model = broken.model if broken else SOUND[name]
     if builds:
-        assert compile_proxy(broken.model if broken else SOUND[name], tmp_path, 86).plan_bytes > 1000
+        assert build_plan(compiler, model, tmp_path, 86, settings).bytes > 1000
     else:
         with pytest.raises(EngineBuildError, match=r"did not (parse|build) this graph for SM86"):
-            compile_proxy(broken.model if broken else None, tmp_path, 86)
+            build_plan(compiler, model, tmp_path, 86, settings)
 
 
 def test_the_lists_name_their_versions() -> None:
