@@ -14,7 +14,8 @@ kept columns are re-fitted by least squares.
                                  choose the units among all, re-fit the dense map to what is left, record the curve
         in the last step a re-fitted map also makes up for part of the error that the layers below have left
 
-The windows are dealt to the looks and steps before the last, whose moments add up; the last step sees all of them.
+The windows are dealt to the look and the steps before the last, whose moments add up; the last step sees all of them.
+One step (S = 1) means one-shot: all statistics, those of the fit too, are of the dense model.
 
 Three habits made iteration lose to one step, and are avoided: fitting what the last step had fitted (errors of small
 samples pile up), giving every step the same windows (it learns them by heart), and never taking back a unit that went
@@ -89,7 +90,7 @@ class _Layer:
 
     def output(self, kind: Kind) -> Projection:
         """The map whose inputs are the units."""
-        return self.block.self_attn.o_proj if kind == "kv_groups" else self.block.mlp.down_proj
+        return _output(self.block, kind)
 
     def columns(self, kind: Kind) -> Tensor:
         """Inputs of that map that are left, ascending."""
@@ -155,7 +156,7 @@ class _Run:
         self.settings, self.cost, self.report = settings, cost, report
         self.dense, self.model = model, working_copy(model)
         self.layers = [_Layer(b, d) for b, d in zip(self.model.blocks, model.config.layers, strict=True)]
-        self.metrics = self._metrics(batches)
+        self.metrics = self._metrics(batches) if settings.use_metric else ()
         self.units = {"kv_groups": 1, "ffn": settings.align}  # units that go at a time
         self.curves: dict[Key, Curve] = {}
         self.sums: dict[Key, MomentSums] = {}
@@ -196,27 +197,29 @@ class _Run:
     def sweep(self, windows: Sequence[Batch], ratio: float, what: str) -> None:
         """From the first layer up: bring the removed cost to `ratio` of the total, re-fit, and record the curves."""
         counts = self._counts(ratio)
-        hidden = [self.model.model.embed_tokens(batch.tokens) for batch in windows]
-        pulls = self._is_last(ratio) and self.settings.repair and self.settings.pull > 0
+        seen = self.dense if self.settings.steps == 1 else self.model  # whose statistics count
+        hidden = [self.dense.model.embed_tokens(batch.tokens) for batch in windows]
+        pulls = seen is self.model and self._is_last(ratio) and self.settings.repair and self.settings.pull > 0
         whole = list(hidden) if pulls else []  # the same in the dense model
         for index, layer in enumerate(self.layers):
             for kind in KINDS:
                 if not layer.units[kind]:
                     continue
-                inputs = [self._inputs(self.model, layer.block, kind, x) for x in hidden]
+                inputs = [self._inputs(seen, index, kind, x) for x in hidden]
                 whole = [self._dense_step(index, kind, x) for x in whole]
                 if kind in self.settings.kinds:
                     sums = self._sums((index, kind), windows, inputs)
                     self._operate(index, kind, sums, counts.get((index, kind), 0), self._horizon(layer, kind, ratio))
                     if pulls and layer.is_cut(kind):
                         self._pull(index, kind, windows, hidden, inputs, whole)
-                hidden = [add_output(x, layer.output(kind), z) for x, z in zip(hidden, inputs, strict=True)]
+                output = _output(seen.blocks[index], kind)
+                hidden = [add_output(x, output, z) for x, z in zip(hidden, inputs, strict=True)]
             if self.report:
                 self.report(what, index + 1, len(self.layers))
 
     def _operate(self, index: int, kind: Kind, sums: MomentSums, count: int, horizon: int) -> None:
         """Remove `count` of all the units there were, re-fit the dense map to the rest, and look up to `horizon`."""
-        layer, dense = self.layers[index], self._dense_output(index, kind)
+        layer, dense = self.layers[index], _output(self.dense.blocks[index], kind)
         output, at_once = layer.output(kind), self.units[kind]
         moments = self._moments(sums, dense)
         removals = self._removals(index, kind, dense.weight.data, moments, max(count, horizon))
@@ -246,7 +249,7 @@ class _Run:
         whole: list[Tensor],
     ) -> None:
         """Let a re-fitted map also make up for what the layers below have lost: whole - (hidden + dense map)."""
-        layer, dense = self.layers[index], self._dense_output(index, kind)
+        layer, dense = self.layers[index], _output(self.dense.blocks[index], kind)
         missing = [w - add_output(x, dense, z) for w, x, z in zip(whole, hidden, inputs, strict=True)]
         kept, output = layer.columns(kind), layer.output(kind)
         moments = sum_moments(windows, inputs, missing).moments()
@@ -257,12 +260,7 @@ class _Run:
 
     def _dense_step(self, index: int, kind: Kind, x: Tensor) -> Tensor:
         """The dense model's residual stream [n, S, hidden] behind one of its sub-blocks."""
-        inputs = self._inputs(self.dense, self.dense.blocks[index], kind, x)
-        return add_output(x, self._dense_output(index, kind), inputs)
-
-    def _dense_output(self, index: int, kind: Kind) -> Projection:
-        block = self.dense.blocks[index]
-        return block.self_attn.o_proj if kind == "kv_groups" else block.mlp.down_proj
+        return add_output(x, _output(self.dense.blocks[index], kind), self._inputs(self.dense, index, kind, x))
 
     def _is_last(self, ratio: float) -> bool:
         return ratio * (1 + 1e-9) >= self.settings.ratio
@@ -277,10 +275,11 @@ class _Run:
 
     def _removals(self, index: int, kind: Kind, weight: Tensor, moments: Moments, count: int) -> Removals:
         """The units to go, in order, and the loss that adds."""
-        metric = self.metrics[index].attention if kind == "kv_groups" else self.metrics[index].ffn
-        if not self.settings.use_metric:  # error relative to what the sub-block adds
+        if self.settings.use_metric:
+            metric = self.metrics[index].attention if kind == "kv_groups" else self.metrics[index].ffn
+        else:  # error relative to what the sub-block adds
             power = torch.einsum("oi,ij,oj->", weight.double(), moments.covariance, weight.double())
-            metric = torch.eye(len(metric), dtype=metric.dtype) / power
+            metric = torch.eye(len(weight), dtype=power.dtype) / power
         width = weight.shape[1] // self.layers[index].units[kind]
         if self.settings.importance == "wifv":
             return wifv_removals(weight, moments.covariance, metric, width, count)
@@ -302,8 +301,9 @@ class _Run:
         mean = weight @ seen.mean if dense.bias is None else weight @ seen.mean + dense.bias.double()
         return Moments(seen.mean, seen.covariance, mean, weight @ seen.covariance)
 
-    def _inputs(self, model: Llama, block: Block, kind: Kind, x: Tensor) -> Tensor:
+    def _inputs(self, model: Llama, index: int, kind: Kind, x: Tensor) -> Tensor:
         """What o_proj or down_proj of a block reads."""
+        block = model.blocks[index]
         return attention_inputs(model, block, x) if kind == "kv_groups" else ffn_inputs(block, x)
 
     def _metrics(self, batches: Sequence[Batch]) -> tuple[LayerMetrics, ...]:
@@ -316,6 +316,11 @@ class _Run:
             self.settings.seed,
             (lambda done, total: report("sensitivity of the loss", done, total)) if report else None,
         )
+
+
+def _output(block: Block, kind: Kind) -> Projection:
+    """The map whose inputs are the units."""
+    return block.self_attn.o_proj if kind == "kv_groups" else block.mlp.down_proj
 
 
 def working_copy(model: Llama) -> Llama:
