@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from eopc_compiler.board.engine_memory import check_memory
-from eopc_compiler.board.engine_set import EngineArgs, build_engine, choose_settings, fingerprint, labelled, summary
+from eopc_compiler.board.engine_set import EngineArgs, build_engine, choose_settings, fingerprint, labelled
 from eopc_compiler.board.engine_target import BuildTarget, resolve_target
 from eopc_compiler.board.tensorrt_build import BuilderCrashError, BuildSettings, EngineBuildError
 from eopc_compiler.stage_bundle import manifest_tiers, write_manifest
@@ -68,8 +68,8 @@ def _compile_tier(
         def produce(path: Path, phase: str = phase, graph: str = graph) -> None:
             state.say(f"compiling {info.tier} with {target.title}")
             tick = labelled(state.tick, info.tier)
-            record = build_engine(bundle, info, target, settings, phase, graph, tick)
-            state.say(f"{info.tier}: {summary(record, info)}")
+            record, line = build_engine(bundle, info, target, settings, phase, graph, tick)
+            state.say(f"{info.tier}: {line}")
             path.write_text(json.dumps(asdict(record)), encoding="utf-8")
 
         inputs = asdict(fingerprint(bundle, info, target, settings, phase))

@@ -10,7 +10,7 @@ from eopc_runtime.cli.output import format_bytes
 from eopc_runtime.errors import DeviceError
 
 # Fitted to the peak resident memory of TensorRT-RTX 1.7 builds with two profiles, 1 to 6 layers of width 576 and 2048:
-# within 10 % for fp16, and for 30 layers in fp32 (3.3 GB); high for quantised graphs. TensorRT itself was not measured.
+# within 10 % for fp16 and for 30 layers in fp32 (3.3 GB), high for int8. int4 and TensorRT itself were not measured.
 BASE_BYTES = 240_000_000
 LAYER_BYTES = 16_000_000
 WEIGHT_FACTOR = {"fp32": 5.0, "fp16": 5.0, "int8": 3.0, "int4": 5.0}

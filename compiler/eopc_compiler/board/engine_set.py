@@ -19,6 +19,7 @@ from eopc_compiler.board.engine_target import BuildTarget, check_dialect, resolv
 from eopc_compiler.board.tensorrt_build import BuildSettings
 from eopc_compiler.cache import lock_folder
 from eopc_runtime.bundle import Bundle, Manifest, TierInfo
+from eopc_runtime.cli.output import format_bytes
 from eopc_runtime.engines import (
     ENGINES_NAME,
     TIMING_CACHE_NAME,
@@ -131,10 +132,10 @@ def _build_all(
                 continue
             records = tuple(r for r in records if r is not old)
             _publish(bundle, target.key, records)  # a plan without a record is nothing; the reverse is damage
-            record = build_engine(bundle, info, target, settings, phase, graph, labelled(tick, label), run)
+            record, line = build_engine(bundle, info, target, settings, phase, graph, labelled(tick, label), run)
             records = tuple(sorted((*records, record), key=lambda r: (int(r.tier[1:]), r.phase)))
             _publish(bundle, target.key, records)
-            say(f"{label}: {summary(record, info)}")
+            say(f"{label}: {line}")
     _remove_strays(set_folder(bundle.root, target.key), records)
     return EngineSet(target, settings, records, tuple(reused))
 
@@ -148,11 +149,12 @@ def build_engine(
     graph: str,
     tick: Say,
     run: Callable[..., JobResult] = run_job,
-) -> EngineRecord:
-    """Build one plan, into the folder of its set unless it is a proxy, and describe it."""
+) -> tuple[EngineRecord, str]:
+    """Build one plan, into the folder of its set unless it is a proxy; return its record and a line on it."""
     result = run(_job(bundle, info, target, settings, phase, graph), tick)
     built = replace(fingerprint(bundle, info, target, settings, phase), version=result.version)
-    return describe(info, phase, settings, result, built, target.proxy)
+    record = describe(info, phase, settings, result, built, target.proxy)
+    return record, f"{summary(record, info)}; peak memory {format_bytes(result.peak_rss_bytes)}"
 
 
 def keep_compatible(
