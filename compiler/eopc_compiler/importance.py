@@ -92,6 +92,7 @@ def observe(
     seed: int = 0,
     report: Report | None = None,
     rank: bool = True,
+    metric_report: Report | None = None,
 ) -> Observations:
     """Order the units of every layer of a checkpoint-form model and price their removal in nats; record input peaks.
 
@@ -99,11 +100,14 @@ def observe(
         parcel: FFN channels that are removed at a time.
         report: called with (done, total) steps.
         rank: else units stay in their order and curves are empty: for a ladder without pruned tiers.
+        metric_report: called with (done, total) sequences while the sensitivity of the loss is measured, before.
     """
     layers = len(model.blocks)
     share = max(1, METRIC_SEQUENCES // len(batches))
     few = [tokens[:share] for _, _, tokens in batches]
-    metrics: Sequence[LayerMetrics | None] = output_metrics(model, few, seed) if rank else [None] * layers
+    metrics: Sequence[LayerMetrics | None] = [None] * layers
+    if rank:
+        metrics = output_metrics(model, few, seed, metric_report)
     curves, peaks = [], []
     hidden = [model.model.embed_tokens(tokens) for _, _, tokens in batches]
     for index, (dims, layer, metric) in enumerate(zip(model.config.layers, model.blocks, metrics, strict=True)):

@@ -6,6 +6,7 @@ The list is the table of contents; the comment beside a pass is the reason for i
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -40,6 +41,7 @@ from eopc_runtime.errors import DeviceError, UsageError
 from eopc_runtime.memory import release_memory
 
 Pass = Callable[[CompileState], CompileState]
+Report = Callable[[int, int], None]  # done, total
 
 ROUNDING_WINDOWS = 6  # per domain
 FINALIST_WINDOWS = 4  # per domain: enough to tell candidates apart
@@ -121,7 +123,8 @@ def observe_dense(state: CompileState) -> CompileState:
     def produce(path: Path) -> None:
         model = dense_model(state)
         report = _counter(state, "observing the dense model")
-        seen = observe(model, calibration.batches(), state.align, state.args.seed, report, rank)
+        metric_report = _counter(state, "sensitivity of the loss", "sequences")
+        seen = observe(model, calibration.batches(), state.align, state.args.seed, report, rank, metric_report)
         losses = {f"heldout.{n}": mean_loss(model, batches(t)) for n, t in heldout}
         losses |= {f"selection.{n}": mean_loss(model, batches(t)) for n, t in selection}
         save_observations(path, seen, losses)
@@ -193,7 +196,7 @@ def plan_tiers(state: CompileState) -> CompileState:
         selection = ContinuationLoss(model, state.selection.batches(), state.args.prompt_part)
 
         def repaired(mask: Mask) -> float:
-            tier, _ = repair(state, model, mask, FINALIST_WINDOWS)
+            tier, _ = repair(state, model, mask, FINALIST_WINDOWS, _counter(state, "repairing a candidate"))
             return mean(selection.of_tier(tier, mask).values())
 
         def measured(mask: Mask) -> float:
@@ -276,15 +279,20 @@ def repair_tiers(state: CompileState) -> CompileState:
         name = f"tiers/t{index}/{EXTRAS_FILE}"
         inputs = {**repair_inputs(state), "mask": asdict(tier.mask), "file": name, "weights": weights.parent.name}
 
-        def produce(path: Path, mask: Mask = tier.mask, name: str = name) -> None:
-            _, repaired = repair(state, model(), mask)
+        report = _counter(state, f"repairing t{index}")
+
+        def produce(path: Path, mask: Mask = tier.mask, name: str = name, report: Report = report) -> None:
+            _, repaired = repair(state, model(), mask, report=report)
             path.mkdir()
             TierExtras.write(path, name, repaired, storage)
             release_memory()
 
         state.say(f"repairing t{index} of t1..t{len(state.plan) - 1} on the cache it inherits from t0")
         extras.append(TierExtras.read(state.cache.get(f"extras-t{index}", inputs, "", produce), name))
-    return replace(state, extras=tuple(extras))
+    totals = Counter(state.bytes_by_type)
+    for own in extras:
+        totals.update(own.bytes_by_type)
+    return replace(state, extras=tuple(extras), bytes_by_type=dict(totals))
 
 
 def export_graphs(state: CompileState) -> CompileState:
@@ -381,7 +389,11 @@ def plan_energy(state: CompileState, mask: Mask, storage: Storage) -> float:
 
 
 def repair(
-    state: CompileState, model: Llama, mask: Mask, most: int | None = None
+    state: CompileState,
+    model: Llama,
+    mask: Mask,
+    most: int | None = None,
+    report: Report | None = None,
 ) -> tuple[Llama, tuple[Repaired, ...]]:
     """A tier repaired on the calibration text, within its share of bytes of its own; on `most` windows of a domain."""
     assert state.calibration and state.storage and state.observations
@@ -389,7 +401,7 @@ def repair(
     limit = None if state.args.independent else EXTRAS_SHARE / max(1, len(state.args.budgets_j))
     own = own_matrices(config, mask, state.observations.curves, storage, limit)
     text = state.calibration.batches(most=most)
-    return repair_tier(model, mask, text, state.args.prompt_part, own, rounding(storage))
+    return repair_tier(model, mask, text, state.args.prompt_part, own, rounding(storage), report)
 
 
 def repair_inputs(state: CompileState) -> dict[str, Any]:
@@ -477,5 +489,5 @@ def batches(tokens: Tensor, size: int = 4) -> list[Tensor]:
     return list(torch.split(tokens, size))
 
 
-def _counter(state: CompileState, what: str) -> Callable[[int, int], None]:
-    return lambda done, total: state.tick(f"{what}: {done}/{total} layers")
+def _counter(state: CompileState, what: str, units: str = "layers") -> Report:
+    return lambda done, total: state.tick(f"{what}: {done}/{total} {units}")
