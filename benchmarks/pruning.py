@@ -26,10 +26,10 @@ from corpora import add_corpora_option, calibration_set, evaluation_windows
 
 from eopc_compiler.calibration import CalibrationSet
 from eopc_compiler.checkpoint import Checkpoint, open_checkpoint
-from eopc_compiler.importance import mean_loss
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.prune import METHODS, apply_choice
 from eopc_compiler.prune_request import PruneRequest
+from eopc_compiler.sequences import mean_loss
 
 Row = dict[str, Any]  # key, losses by domain in nats per token, seconds
 DOMAINS = ("wiki", "code", "maths")
@@ -130,7 +130,7 @@ def measure(run: Run, model: Llama, checkpoint: Checkpoint, folder: Path, window
 
 def losses(model: Llama, windows: CalibrationSet) -> dict[str, float]:
     """Nats per token by domain, fp32."""
-    return {name: mean_loss(model, list(torch.split(rows, 8))) for name, rows in windows.domains}
+    return {name: mean_loss(model, rows) for name, rows in windows.domains}
 
 
 def line(run: Run, row: Row, dense: dict[str, float]) -> str:

@@ -120,6 +120,7 @@ def test_whatever_may_take_long_is_counted(masked: tuple[Path, list[str]]) -> No
     counts = {what: tuple(count.split()[0].split("/")) for what, count in (tick.split(": ") for tick in ticks)}
     assert counts["repairing t1"] == ("2", "2")
     assert {"sensitivity of the loss", "observing the dense model", "writing fp32 weights"} <= set(counts)
+    assert {"loss on selection.text", "t0 on dialogue", "t1 on dialogue"} <= set(counts)
     assert all(done == total for done, total in counts.values())
 
 

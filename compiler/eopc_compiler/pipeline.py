@@ -26,12 +26,13 @@ from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.export import WeightTable, export_tier
 from eopc_compiler.extras import EXTRAS_FILE, EXTRAS_SHARE, TierExtras, own_matrices, rounding
 from eopc_compiler.handover import ContinuationLoss, Repaired, repair_tier
-from eopc_compiler.importance import mean_loss, observe
+from eopc_compiler.importance import Report, observe
 from eopc_compiler.ladder import Mask, full_mask, read_masks, tier_config
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.observations_file import load_observations, save_observations
 from eopc_compiler.planner import Objective, TierPlan, plan_ladder, plan_masks
 from eopc_compiler.recover import RECOVERY_TOKENS, RecoverSettings, recover_ladder, training_windows
+from eopc_compiler.sequences import mean_loss
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_plan
 from eopc_compiler.state import CompileState, PrecisionTrial
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
@@ -41,7 +42,6 @@ from eopc_runtime.errors import DeviceError, UsageError
 from eopc_runtime.memory import release_memory
 
 Pass = Callable[[CompileState], CompileState]
-Report = Callable[[int, int], None]  # done, total
 
 ROUNDING_WINDOWS = 6  # per domain
 FINALIST_WINDOWS = 4  # per domain: enough to tell candidates apart
@@ -108,13 +108,13 @@ def observe_dense(state: CompileState) -> CompileState:
     """One pass of the calibration text through the dense model: unit scores, input peaks, held-out loss."""
     assert state.checkpoint and state.calibration and state.heldout
     assert state.selection is not None
-    calibration, heldout, selection = state.calibration, state.heldout.domains, state.selection.domains
+    calibration, heldout, selection = state.calibration, state.heldout, state.selection
     inputs = {
         "version": __version__,
         "model": state.checkpoint.fingerprint,
         "text": calibration.fingerprint,
-        "heldout": state.heldout.fingerprint,
-        "selection": state.selection.fingerprint,
+        "heldout": heldout.fingerprint,
+        "selection": selection.fingerprint,
         "parcel": state.align,
         "seed": state.args.seed,
         "rank": (rank := must_prune(state)),
@@ -122,11 +122,11 @@ def observe_dense(state: CompileState) -> CompileState:
 
     def produce(path: Path) -> None:
         model = dense_model(state)
-        report = _counter(state, "observing the dense model")
-        metric_report = _counter(state, "sensitivity of the loss", "sequences")
+        report = state.counter("observing the dense model")
+        metric_report = state.counter("sensitivity of the loss", "sequences")
         seen = observe(model, calibration.batches(), state.align, state.args.seed, report, rank, metric_report)
-        losses = {f"heldout.{n}": mean_loss(model, batches(t)) for n, t in heldout}
-        losses |= {f"selection.{n}": mean_loss(model, batches(t)) for n, t in selection}
+        windows = [(f"{split.split}.{name}", t) for split in (heldout, selection) for name, t in split.domains]
+        losses = {name: mean_loss(model, t, state.counter(f"loss on {name}", "windows")) for name, t in windows}
         save_observations(path, seen, losses)
 
     path = state.cache.get("observe", inputs, ".npz", produce)
@@ -196,7 +196,7 @@ def plan_tiers(state: CompileState) -> CompileState:
         selection = ContinuationLoss(model, state.selection.batches(), state.args.prompt_part)
 
         def repaired(mask: Mask) -> float:
-            tier, _ = repair(state, model, mask, FINALIST_WINDOWS, _counter(state, "repairing a candidate"))
+            tier, _ = repair(state, model, mask, FINALIST_WINDOWS, state.counter("repairing a candidate"))
             return mean(selection.of_tier(tier, mask).values())
 
         def measured(mask: Mask) -> float:
@@ -279,7 +279,7 @@ def repair_tiers(state: CompileState) -> CompileState:
         name = f"tiers/t{index}/{EXTRAS_FILE}"
         inputs = {**repair_inputs(state), "mask": asdict(tier.mask), "file": name, "weights": weights.parent.name}
 
-        report = _counter(state, f"repairing t{index}")
+        report = state.counter(f"repairing t{index}")
 
         def produce(path: Path, mask: Mask = tier.mask, name: str = name, report: Report = report) -> None:
             _, repaired = repair(state, model(), mask, report=report)
@@ -429,8 +429,11 @@ def added_loss(state: CompileState, storage: Storage) -> dict[str, float]:
     """Nats per token that quantising the dense model adds, by domain, on the selection split."""
     assert state.selection is not None
     model = deployed_model(state, storage)
-    quantized = {name: mean_loss(model, batches(tokens)) for name, tokens in state.selection.domains}
-    return {name: loss - state.dense_loss[f"selection.{name}"] for name, loss in quantized.items()}
+    added = {}
+    for name, windows in state.selection.domains:
+        report = state.counter(f"{storage.precision} on {name}", "windows")
+        added[name] = mean_loss(model, windows, report) - state.dense_loss[f"selection.{name}"]
+    return added
 
 
 def stored_weights(state: CompileState, storage: Storage, masks: list[Mask]) -> Path:
@@ -457,7 +460,7 @@ def stored_weights(state: CompileState, storage: Storage, masks: list[Mask]) -> 
                 file, read_table(whole)[0], WeightReader(whole / WEIGHTS_FILE), config, masks
             )
         else:
-            tokens, report = rounding_text(calibration), _counter(state, f"writing {storage.precision} weights")
+            tokens, report = rounding_text(calibration), state.counter(f"writing {storage.precision} weights")
             args = (config, checkpoint.tensor, state.orders, masks, storage, state.args.context)
             table, histogram = write_weights(file, *args, state.observations, tokens, report)
         content = {"entries": table.to_json(), "bytes": histogram}
@@ -482,12 +485,3 @@ def dense_model(state: CompileState) -> Llama:
 def rounding_text(calibration: CalibrationSet) -> list[Tensor]:
     """The windows GPTQ sees: fewer than statistics for pruning need, as its cost grows with every token."""
     return [batch.tokens for batch in calibration.batches(4, most=ROUNDING_WINDOWS)]
-
-
-def batches(tokens: Tensor, size: int = 4) -> list[Tensor]:
-    """Windows [n, S] in batches of a few sequences, so that activations stay small."""
-    return list(torch.split(tokens, size))
-
-
-def _counter(state: CompileState, what: str, units: str = "layers") -> Report:
-    return lambda done, total: state.tick(f"{what}: {done}/{total} {units}")
