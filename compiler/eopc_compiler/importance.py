@@ -23,11 +23,9 @@ from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims
 from eopc_compiler.ladder import UnitOrder
 from eopc_compiler.model import Llama, Projection
-from eopc_compiler.sensitivity import LayerMetrics, output_metrics
+from eopc_compiler.sensitivity import LayerMetrics, metric_windows, output_metrics
 from eopc_compiler.sequences import add_output, attention_inputs, cosine_sum, ffn_inputs
 from eopc_compiler.surgery import Removals, obs_removals, sum_moments
-
-METRIC_SEQUENCES = 12  # the Fisher information settles long before the covariances do
 
 Report = Callable[[int, int], None]  # done, total
 
@@ -102,11 +100,9 @@ def observe(
         metric_report: called with (done, total) sequences while the sensitivity of the loss is measured, before.
     """
     layers = len(model.blocks)
-    share = max(1, METRIC_SEQUENCES // len(batches))
-    few = [tokens[:share] for _, _, tokens in batches]
     metrics: Sequence[LayerMetrics | None] = [None] * layers
     if rank:
-        metrics = output_metrics(model, few, seed, metric_report)
+        metrics = output_metrics(model, metric_windows(batches), seed, metric_report)
     curves, peaks, tokens = [], [], sum(batch.tokens.numel() for batch in batches)
     hidden = [model.model.embed_tokens(tokens) for _, _, tokens in batches]
     for index, (dims, layer, metric) in enumerate(zip(model.config.layers, model.blocks, metrics, strict=True)):

@@ -31,7 +31,7 @@ from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims
 from eopc_compiler.model import Block, Llama, Projection
 from eopc_compiler.pruned import Choice, KeptLayer, unit_columns
-from eopc_compiler.sensitivity import LayerMetrics, output_metrics
+from eopc_compiler.sensitivity import LayerMetrics, metric_windows, output_metrics
 from eopc_compiler.sequences import add_output, attention_inputs, ffn_inputs
 from eopc_compiler.surgery import (
     DAMPING,
@@ -65,7 +65,6 @@ class Settings:
     within: bool = False  # V_within in place of V_total
     targets: tuple[LayerDims, ...] | None = None  # what every layer keeps in the end; None: by loss added and cost
     damping: float = DAMPING
-    metric_sequences: int = 12  # the Fisher information needs far fewer than the covariances
     seed: int = 0
 
 
@@ -276,12 +275,10 @@ class _Run:
         return attention_inputs(self.model, block, x) if kind == "kv_groups" else ffn_inputs(block, x)
 
     def _metrics(self) -> tuple[LayerMetrics, ...]:
-        tokens = [t for _, _, t in self.batches]
-        share = max(1, round(self.settings.metric_sequences / len(tokens)))
         report = self.report
         return output_metrics(
             self.model,
-            [t[:share] for t in tokens],
+            metric_windows(self.batches),
             self.settings.seed,
             (lambda done, total: report("sensitivity of the loss", done, total)) if report else None,
         )
