@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from eopc_compiler.assemble import Storage, load_tier, write_weights
-from eopc_compiler.calibration import CalibrationSet, Split, build_calibration, read_mixture
+from eopc_compiler.calibration import CalibrationSet, Split, build_calibration, read_mixture, select_calibration
 from eopc_compiler.checkpoint import open_checkpoint, with_tensors
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.cut import cut_weights
@@ -86,19 +86,19 @@ def choose_dialect(state: CompileState) -> CompileState:
 
 
 def read_calibration(state: CompileState) -> CompileState:
-    """Token windows of every domain, from three splits that share no document."""
+    """Token windows from three splits that share no document: to calibrate on as asked, to judge on of every domain."""
     assert state.checkpoint is not None
     args, tokenizer = state.args, state.checkpoint.tokenizer()
     domains = read_mixture(args.calib)
 
+    length, seed, n = args.calibration_length, args.seed, args.calibration_windows
+
     def windows(split: Split, count: int) -> CalibrationSet:
-        length, seed = args.calibration_length, args.seed
         return build_calibration(tokenizer, domains, count, length, seed, split, allow_fewer=True)
 
-    n = args.calibration_windows
     return replace(
         state,
-        calibration=windows("calibration", n),
+        calibration=select_calibration(args.calib_select, tokenizer, domains, n, length, seed, state.say),
         selection=windows("selection", max(2, n // 4)),
         heldout=windows("heldout", max(2, n // 3)),
     )

@@ -214,7 +214,8 @@ def manifest(state: CompileState, root: Path, table: EnergyTable) -> Manifest:
         calibration={
             "domains": list(state.calibration.names),
             "weights": list(state.calibration.weights),
-            "windows_per_domain": state.args.calibration_windows,
+            "select": state.args.calib_select,
+            "windows_per_domain": round(len(state.calibration.tokens) / len(state.calibration.names)),
             "window_tokens": state.args.calibration_length,
             "sha256": state.calibration.fingerprint,
             "weight_bytes": state.bytes_by_type,

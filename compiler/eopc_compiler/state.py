@@ -9,7 +9,7 @@ from typing import Any
 
 from eopc_compiler.assemble import Storage
 from eopc_compiler.cache import StageCache
-from eopc_compiler.calibration import CalibrationSet
+from eopc_compiler.calibration import CalibrationSet, CalibSelect
 from eopc_compiler.checkpoint import Checkpoint
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.dialects import Dialect
@@ -42,6 +42,7 @@ class BuildArgs:
     output: Path = Path("bundle")
     workload: Workload = Workload()
     calib: tuple[str, ...] = ()
+    calib_select: CalibSelect = "domains"
     masks: tuple[Path, ...] = ()
     precision: tuple[str, ...] = ("auto",)
     dialect: str | None = None
