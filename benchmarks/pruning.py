@@ -1,7 +1,7 @@
 """Static pruning measured: methods, iteration, mixture, handover and ladders, on perplexity of held-out text.
 
     python benchmarks/pruning.py methods   --corpora FOLDER      every method of eopc prune on the same text
-    python benchmarks/pruning.py iteration --corpora FOLDER      S = 1, S = 10, and fewer steps with all the text of S = 10
+    python benchmarks/pruning.py iteration --corpora FOLDER      S = 1, S = 10, and fewer steps with all that text
     python benchmarks/pruning.py mixture   --corpora FOLDER      calibrated on text, code, maths, or their mixture
     python benchmarks/pruning.py recover   --corpora FOLDER      the default method, then --minutes of distillation
 
@@ -27,12 +27,12 @@ from corpora import add_corpora_option, calibration_set, evaluation_windows, rea
 
 from eopc_compiler.calibration import CalibrationSet
 from eopc_compiler.checkpoint import Checkpoint, open_checkpoint
-from eopc_compiler.importance import mean_loss
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.prune import LAYER_METHODS, METHODS, apply_choice
 from eopc_compiler.prune_request import PruneRequest
 from eopc_compiler.pruned import PrunedModel
 from eopc_compiler.recover import RECOVERY_TOKENS, RecoverSettings, recover, training_windows
+from eopc_compiler.sequences import mean_loss
 
 Row = dict[str, Any]  # key, losses by domain in nats per token, seconds
 DOMAINS = ("wiki", "code", "maths")
@@ -162,7 +162,7 @@ def recovered(run: Run, pruned: PrunedModel, model: Llama, checkpoint: Checkpoin
 
 def losses(model: Llama, windows: CalibrationSet) -> dict[str, float]:
     """Nats per token by domain, fp32."""
-    return {name: mean_loss(model, list(torch.split(rows, 8))) for name, rows in windows.domains}
+    return {name: mean_loss(model, rows) for name, rows in windows.domains}
 
 
 def line(run: Run, row: Row, dense: dict[str, float]) -> str:

@@ -58,14 +58,12 @@ def test_no_path_of_the_machine_is_written(tiny_bundle: Path, tiny_checkpoint: P
         assert not file.is_file() or secret not in file.read_bytes(), file
 
 
-def test_tiers_share_one_weight_file(tiny_checkpoint: Path, tmp_path: Path, build_settings: Settings) -> None:
-    """A bundle of three tiers is at most 1.15 times a bundle of one; graphs and masks are all that is added."""
-
-    def weights(budgets: tuple[float, ...], name: str) -> int:
-        build(build_settings(tiny_checkpoint, tmp_path / name, budgets_j=budgets))
-        return (tmp_path / name / "weights.bin").stat().st_size
-
-    one, three = weights((2.0,), "one"), weights((2.0, 0.53, 0.47), "three")
+def test_tiers_share_one_weight_file(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, build_settings: Settings
+) -> None:
+    """The weights of three tiers are those of one; nothing is stored again for a smaller tier."""
+    build(build_settings(tiny_checkpoint, tmp_path / "one", budgets_j=(2.0,)))
+    one, three = ((folder / "weights.bin").stat().st_size for folder in (tmp_path / "one", tiny_bundle))
     assert three <= one * 1.02  # alignment of more pieces to 64 bytes, on a model of 0.4 MB
 
 
@@ -82,21 +80,48 @@ def test_a_dry_run_writes_the_plan_and_nothing_else(
     assert Bundle.open(output).manifest.tiers
 
 
-def test_given_masks_are_built_as_given(tiny_checkpoint: Path, tmp_path: Path, build_settings: Settings) -> None:
-    """--mask FILE: the tier keeps exactly the layers, groups and channels of the file, and computes with them."""
+@pytest.fixture(scope="module")
+def masked(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, build_settings: Settings
+) -> tuple[Path, list[str]]:
+    """A bundle built from a given mask, and what its progress line said."""
     keep = {
         "layers": [
             {"source_layer": 0, "kv_groups": [1], "ffn_channels": list(range(64, 192))},
             {"source_layer": 3, "kv_groups": [1, 0], "ffn_channels": list(range(64))},
         ]
     }
-    mask = tmp_path / "mask.json"
-    mask.write_text(json.dumps(keep))
-    build(build_settings(tiny_checkpoint, tmp_path / "out", masks=(mask,), budgets_j=(2.0,)))
-    manifest = Bundle.open(tmp_path / "out").manifest
+    folder, ticks = tmp_path_factory.mktemp("masked"), list[str]()
+    (folder / "mask.json").write_text(json.dumps(keep))
+    args = build_settings(tiny_checkpoint, folder / "out", masks=(folder / "mask.json",), budgets_j=(2.0,))
+    return build(args, tick=ticks.append).bundle, ticks
+
+
+def test_given_masks_are_built_as_given(masked: tuple[Path, list[str]]) -> None:
+    """--mask FILE: the tier keeps exactly the layers, groups and channels of the file, and computes with them."""
+    bundle, _ = masked
+    manifest = Bundle.open(bundle).manifest
     assert [(x.source_layer, x.kv_heads, x.ffn) for x in manifest.tiers[1].layers] == [(0, 1, 128), (3, 2, 64)]
-    written = json.loads((tmp_path / "out" / manifest.tiers[1].mask).read_text())
+    written = json.loads((bundle / manifest.tiers[1].mask).read_text())
     assert [sorted(x["ffn_channels"]) for x in written["layers"]] == [list(range(64, 192)), list(range(64))]
+
+
+def test_the_weight_bytes_are_those_of_all_weight_files(masked: tuple[Path, list[str]]) -> None:
+    """weights.bin and what the repaired tier has of its own; every tensor of this model fills its 64 bytes."""
+    bundle, _ = masked
+    sizes = [(bundle / name).stat().st_size for name in ("weights.bin", "tiers/t1/extras.bin")]
+    assert min(sizes) > 0
+    assert Bundle.open(bundle).manifest.calibration["weight_bytes"] == {"float32": sum(sizes)}
+
+
+def test_whatever_may_take_long_is_counted(masked: tuple[Path, list[str]]) -> None:
+    """The progress line reaches the end of every count, among them the repair of the tier's two layers."""
+    _, ticks = masked
+    counts = {what: tuple(count.split()[0].split("/")) for what, count in (tick.split(": ") for tick in ticks)}
+    assert counts["repairing t1"] == ("2", "2")
+    assert {"sensitivity of the loss", "observing the dense model", "writing fp32 weights"} <= set(counts)
+    assert {"loss on selection.text", "t0 on dialogue", "t1 on dialogue"} <= set(counts)
+    assert all(done == total for done, total in counts.values())
 
 
 def assert_parts_equal_whole(tier: OrtTier, tokens: list[int], prefilled: int) -> None:

@@ -99,15 +99,19 @@ def flap(model: Llama, calibration: CalibrationSet, request: PruneRequest) -> Ch
 
 
 @dataclass(slots=True)
-class Moments:
-    """Running mean and variance of columns in fp64, over rows that arrive in parts (Chan's update)."""
+class ColumnMoments:
+    """Running mean and variance of columns in fp64, over rows that arrive in parts (Chan's update).
+
+    Not the diagonal of `surgery.MomentSums`: that takes a full product of the inputs, hundreds of times the work, and
+    weights domains by the mixture, which the published criteria do not know.
+    """
 
     count: int
     mean: Tensor  # [width]
     deviations: Tensor  # [width]: sum of squared distances from the mean
 
     @classmethod
-    def empty(cls, width: int) -> Moments:
+    def empty(cls, width: int) -> ColumnMoments:
         """Of no rows."""
         return cls(0, torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
 
@@ -137,10 +141,12 @@ def embed(model: Llama, calibration: CalibrationSet) -> list[Tensor]:
     return [model.model.embed_tokens(t) for _, tokens in calibration.domains for t in torch.split(tokens, BATCH)]
 
 
-def observe_layer(model: Llama, layer: Block, hidden: Sequence[Tensor]) -> tuple[Moments, Moments, list[Tensor]]:
+def observe_layer(
+    model: Llama, layer: Block, hidden: Sequence[Tensor]
+) -> tuple[ColumnMoments, ColumnMoments, list[Tensor]]:
     """Moments of the inputs of o_proj and of down_proj, and the layer's outputs, batch by batch."""
     modules = {"o": layer.self_attn.o_proj, "down": layer.mlp.down_proj}
-    moments = {name: Moments.empty(module.weight.shape[1]) for name, module in modules.items()}
+    moments = {name: ColumnMoments.empty(module.weight.shape[1]) for name, module in modules.items()}
     after = []
     with capture_inputs(modules) as inputs:
         for x in hidden:
@@ -207,11 +213,11 @@ def standardise(scores: Tensor) -> Tensor:
     return centred / spread if spread > 0 else torch.zeros_like(scores)
 
 
-def _wanda(weight: Tensor, inputs: Moments) -> Tensor:
+def _wanda(weight: Tensor, inputs: ColumnMoments) -> Tensor:
     """Mean over rows of |W_ij| times the root mean square of input j (a constant times ||x_j||_2)."""
     return weight.double().abs().mean(0) * inputs.second_moment.sqrt()
 
 
-def _wifv(weight: Tensor, inputs: Moments) -> Tensor:
+def _wifv(weight: Tensor, inputs: ColumnMoments) -> Tensor:
     """var(x_j) ||W_:,j||²."""
     return inputs.variance * weight.double().pow(2).sum(0)

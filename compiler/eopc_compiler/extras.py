@@ -35,11 +35,12 @@ class TierExtras:
     path: Path | None
     name: str  # of the file in the bundle
     table: WeightTable
+    bytes_by_type: dict[str, int]  # in the file
 
     @classmethod
     def none(cls) -> TierExtras:
         """A tier that shares everything."""
-        return cls(None, "", WeightTable({}))
+        return cls(None, "", WeightTable({}), {})
 
     @classmethod
     def write(cls, folder: Path, name: str, repaired: Sequence[Repaired], storage: Storage) -> None:
@@ -51,13 +52,15 @@ class TierExtras:
                 entries[f"{owner}.bias"] = writer.tensor(r.bias, storage.dtype)
                 if r.weight is not None:
                     entries[f"{owner}.weight"] = writer.rows(r.weight, storage.dtype)
-        (folder / "table.json").write_text(json.dumps(WeightTable(entries).to_json()), encoding="utf-8")
+        content = {"entries": WeightTable(entries).to_json(), "bytes": writer.histogram}
+        (folder / "table.json").write_text(json.dumps(content), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path, name: str) -> TierExtras:
         """Read what `write` wrote."""
         content = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-        return cls(folder / EXTRAS_FILE if content else None, name, WeightTable.from_json(content))
+        path = folder / EXTRAS_FILE if content["entries"] else None
+        return cls(path, name, WeightTable.from_json(content["entries"]), content["bytes"])
 
     @property
     def files(self) -> dict[str, Path]:

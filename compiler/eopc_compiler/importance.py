@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from eopc_compiler.allocate import Curve
@@ -24,11 +23,9 @@ from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims
 from eopc_compiler.ladder import UnitOrder
 from eopc_compiler.model import Llama, Projection
-from eopc_compiler.sensitivity import LayerMetrics, output_metrics
-from eopc_compiler.sequences import add_output, attention_inputs, ffn_inputs, next_token_losses, run_blocks
+from eopc_compiler.sensitivity import LayerMetrics, metric_windows, output_metrics
+from eopc_compiler.sequences import add_output, attention_inputs, cosine_sum, ffn_inputs
 from eopc_compiler.surgery import Removals, obs_removals, sum_moments
-
-METRIC_SEQUENCES = 12  # the Fisher information settles long before the covariances do
 
 Report = Callable[[int, int], None]  # done, total
 
@@ -92,6 +89,7 @@ def observe(
     seed: int = 0,
     report: Report | None = None,
     rank: bool = True,
+    metric_report: Report | None = None,
 ) -> Observations:
     """Order the units of every layer of a checkpoint-form model and price their removal in nats; record input peaks.
 
@@ -99,12 +97,13 @@ def observe(
         parcel: FFN channels that are removed at a time.
         report: called with (done, total) steps.
         rank: else units stay in their order and curves are empty: for a ladder without pruned tiers.
+        metric_report: called with (done, total) sequences while the sensitivity of the loss is measured, before.
     """
     layers = len(model.blocks)
-    share = max(1, METRIC_SEQUENCES // len(batches))
-    few = [tokens[:share] for _, _, tokens in batches]
-    metrics: Sequence[LayerMetrics | None] = output_metrics(model, few, seed) if rank else [None] * layers
-    curves, peaks = [], []
+    metrics: Sequence[LayerMetrics | None] = [None] * layers
+    if rank:
+        metrics = output_metrics(model, metric_windows(batches), seed, metric_report)
+    curves, peaks, tokens = [], [], sum(batch.tokens.numel() for batch in batches)
     hidden = [model.model.embed_tokens(tokens) for _, _, tokens in batches]
     for index, (dims, layer, metric) in enumerate(zip(model.config.layers, model.blocks, metrics, strict=True)):
         before = hidden
@@ -121,7 +120,7 @@ def observe(
         ffn = Removals((), ())
         if metric:
             ffn = _removals(layer.mlp.down_proj, batches, inputs, metric.ffn, width, width - parcel, parcel)
-        cosines = [F.cosine_similarity(a, b, dim=-1).flatten() for a, b in zip(before, hidden, strict=True)]
+        cosine = sum(map(cosine_sum, before, hidden)) / tokens
         curves.append(
             LayerCurves(
                 dims,
@@ -130,20 +129,13 @@ def observe(
                 _order(ffn, width),
                 kv.errors,
                 ffn.errors[parcel - 1 :: parcel],
-                max(0.0, 1.0 - float(torch.cat(cosines).mean())),  # rounding may put a cosine above 1
+                max(0.0, 1.0 - cosine),  # rounding may put a cosine above 1
             )
         )
         peaks.append(InputPeaks(o_peaks, _peaks(inputs)))
         if report:
             report(index + 1, layers)
     return Observations(tuple(curves), tuple(peaks))
-
-
-@torch.no_grad()
-def mean_loss(model: Llama, batches: Sequence[Tensor]) -> float:
-    """Mean next-token loss in nats of a model on token windows [n, S]."""
-    losses = [next_token_losses(model, run_blocks(model, tokens), tokens) for tokens in batches]
-    return float(torch.cat([x.flatten() for x in losses]).mean())
 
 
 def _removals(

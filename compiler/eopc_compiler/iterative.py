@@ -36,7 +36,7 @@ from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims
 from eopc_compiler.model import Block, Llama, Projection
 from eopc_compiler.pruned import Choice, KeptLayer, unit_columns
-from eopc_compiler.sensitivity import LayerMetrics, output_metrics
+from eopc_compiler.sensitivity import LayerMetrics, metric_windows, output_metrics
 from eopc_compiler.sequences import add_output, attention_inputs, ffn_inputs
 from eopc_compiler.surgery import (
     DAMPING,
@@ -73,7 +73,6 @@ class Settings:
     damping: float = DAMPING
     pull: float = 0.5  # share of the error of all layers below that a re-fitted map makes up for, in the last step
     pull_damping: float = 0.1
-    metric_sequences: int = 12  # the Fisher information needs far fewer than the covariances
     seed: int = 0
 
 
@@ -307,12 +306,10 @@ class _Run:
         return attention_inputs(model, block, x) if kind == "kv_groups" else ffn_inputs(block, x)
 
     def _metrics(self, batches: Sequence[Batch]) -> tuple[LayerMetrics, ...]:
-        tokens = [t for _, _, t in batches]
-        share = max(1, round(self.settings.metric_sequences / len(tokens)))
         report = self.report
         return output_metrics(
             self.model,
-            [t[:share] for t in tokens],
+            metric_windows(batches),
             self.settings.seed,
             (lambda done, total: report("sensitivity of the loss", done, total)) if report else None,
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eopc_compiler.model import Llama
-from eopc_compiler.sequences import next_token_losses, run_blocks
+from eopc_compiler.sequences import mean_loss
 
 WINDOW = 512  # tokens
 WINDOWS = 24
@@ -23,11 +23,5 @@ def cut_text(tokens: Sequence[int], length: int = WINDOW, count: int = WINDOWS) 
 
 def perplexity(model: Llama, windows: Tensor, report: Callable[[int, int], None] | None = None) -> float | None:
     """exp(summed next-token loss / predicted tokens) over windows [n, length], n >= 1; None if it overflows."""
-    total = 0.0
-    for i, window in enumerate(windows):
-        if report:
-            report(i + 1, len(windows))
-        tokens = window[None]
-        total += float(next_token_losses(model, run_blocks(model, tokens), tokens).double().sum())
-    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
+    mean = mean_loss(model, windows, report)
     return math.exp(mean) if mean < 700 else None  # exp overflows at 709; not a number is not below 700 either

@@ -6,6 +6,7 @@ The list is the table of contents; the comment beside a pass is the reason for i
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -19,7 +20,7 @@ from torch import Tensor
 from eopc_compiler.assemble import Storage, load_tier, write_weights
 from eopc_compiler.board.rules import lists_for, require_allowed
 from eopc_compiler.board.tensorrt_graph import outline_for_tensorrt
-from eopc_compiler.calibration import CalibrationSet, Split, build_calibration, read_mixture
+from eopc_compiler.calibration import CalibrationSet, Split, build_calibration, read_mixture, select_calibration
 from eopc_compiler.checkpoint import open_checkpoint, with_tensors
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.cut import cut_weights
@@ -27,13 +28,14 @@ from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.export import WeightTable, export_tier
 from eopc_compiler.extras import EXTRAS_FILE, EXTRAS_SHARE, TierExtras, own_matrices, rounding
 from eopc_compiler.handover import ContinuationLoss, Repaired, repair_tier
-from eopc_compiler.importance import mean_loss, observe
+from eopc_compiler.importance import Report, observe
 from eopc_compiler.ladder import Mask, full_mask, read_masks, tier_config
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.observations_file import load_observations, save_observations
 from eopc_compiler.planner import Objective, TierPlan, plan_ladder, plan_masks
 from eopc_compiler.proxies import compile_proxies
 from eopc_compiler.recover import RECOVERY_TOKENS, RecoverSettings, recover_ladder, training_windows
+from eopc_compiler.sequences import mean_loss
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_plan
 from eopc_compiler.state import CompileState, PrecisionTrial
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
@@ -87,19 +89,19 @@ def choose_dialect(state: CompileState) -> CompileState:
 
 
 def read_calibration(state: CompileState) -> CompileState:
-    """Token windows of every domain, from three splits that share no document."""
+    """Token windows from three splits that share no document: to calibrate on as asked, to judge on of every domain."""
     assert state.checkpoint is not None
     args, tokenizer = state.args, state.checkpoint.tokenizer()
     domains = read_mixture(args.calib)
 
+    length, seed, n = args.calibration_length, args.seed, args.calibration_windows
+
     def windows(split: Split, count: int) -> CalibrationSet:
-        length, seed = args.calibration_length, args.seed
         return build_calibration(tokenizer, domains, count, length, seed, split, allow_fewer=True)
 
-    n = args.calibration_windows
     return replace(
         state,
-        calibration=windows("calibration", n),
+        calibration=select_calibration(args.calib_select, tokenizer, domains, n, length, seed, state.say),
         selection=windows("selection", max(2, n // 4)),
         heldout=windows("heldout", max(2, n // 3)),
     )
@@ -109,13 +111,13 @@ def observe_dense(state: CompileState) -> CompileState:
     """One pass of the calibration text through the dense model: unit scores, input peaks, held-out loss."""
     assert state.checkpoint and state.calibration and state.heldout
     assert state.selection is not None
-    calibration, heldout, selection = state.calibration, state.heldout.domains, state.selection.domains
+    calibration, heldout, selection = state.calibration, state.heldout, state.selection
     inputs = {
         "version": __version__,
         "model": state.checkpoint.fingerprint,
         "text": calibration.fingerprint,
-        "heldout": state.heldout.fingerprint,
-        "selection": state.selection.fingerprint,
+        "heldout": heldout.fingerprint,
+        "selection": selection.fingerprint,
         "parcel": state.align,
         "seed": state.args.seed,
         "rank": (rank := must_prune(state)),
@@ -123,10 +125,11 @@ def observe_dense(state: CompileState) -> CompileState:
 
     def produce(path: Path) -> None:
         model = dense_model(state)
-        report = _counter(state, "observing the dense model")
-        seen = observe(model, calibration.batches(), state.align, state.args.seed, report, rank)
-        losses = {f"heldout.{n}": mean_loss(model, batches(t)) for n, t in heldout}
-        losses |= {f"selection.{n}": mean_loss(model, batches(t)) for n, t in selection}
+        report = state.counter("observing the dense model")
+        metric_report = state.counter("sensitivity of the loss", "sequences")
+        seen = observe(model, calibration.batches(), state.align, state.args.seed, report, rank, metric_report)
+        windows = [(f"{split.split}.{name}", t) for split in (heldout, selection) for name, t in split.domains]
+        losses = {name: mean_loss(model, t, state.counter(f"loss on {name}", "windows")) for name, t in windows}
         save_observations(path, seen, losses)
 
     path = state.cache.get("observe", inputs, ".npz", produce)
@@ -196,7 +199,7 @@ def plan_tiers(state: CompileState) -> CompileState:
         selection = ContinuationLoss(model, state.selection.batches(), state.args.prompt_part)
 
         def repaired(mask: Mask) -> float:
-            tier, _ = repair(state, model, mask, FINALIST_WINDOWS)
+            tier, _ = repair(state, model, mask, FINALIST_WINDOWS, state.counter("repairing a candidate"))
             return mean(selection.of_tier(tier, mask).values())
 
         def measured(mask: Mask) -> float:
@@ -279,15 +282,20 @@ def repair_tiers(state: CompileState) -> CompileState:
         name = f"tiers/t{index}/{EXTRAS_FILE}"
         inputs = {**repair_inputs(state), "mask": asdict(tier.mask), "file": name, "weights": weights.parent.name}
 
-        def produce(path: Path, mask: Mask = tier.mask, name: str = name) -> None:
-            _, repaired = repair(state, model(), mask)
+        report = state.counter(f"repairing t{index}")
+
+        def produce(path: Path, mask: Mask = tier.mask, name: str = name, report: Report = report) -> None:
+            _, repaired = repair(state, model(), mask, report=report)
             path.mkdir()
             TierExtras.write(path, name, repaired, storage)
             release_memory()
 
         state.say(f"repairing t{index} of t1..t{len(state.plan) - 1} on the cache it inherits from t0")
         extras.append(TierExtras.read(state.cache.get(f"extras-t{index}", inputs, "", produce), name))
-    return replace(state, extras=tuple(extras))
+    totals = Counter(state.bytes_by_type)
+    for own in extras:
+        totals.update(own.bytes_by_type)
+    return replace(state, extras=tuple(extras), bytes_by_type=dict(totals))
 
 
 def export_graphs(state: CompileState) -> CompileState:
@@ -399,7 +407,11 @@ def plan_energy(state: CompileState, mask: Mask, storage: Storage) -> float:
 
 
 def repair(
-    state: CompileState, model: Llama, mask: Mask, most: int | None = None
+    state: CompileState,
+    model: Llama,
+    mask: Mask,
+    most: int | None = None,
+    report: Report | None = None,
 ) -> tuple[Llama, tuple[Repaired, ...]]:
     """A tier repaired on the calibration text, within its share of bytes of its own; on `most` windows of a domain."""
     assert state.calibration and state.storage and state.observations
@@ -407,7 +419,7 @@ def repair(
     limit = None if state.args.independent else EXTRAS_SHARE / max(1, len(state.args.budgets_j))
     own = own_matrices(config, mask, state.observations.curves, storage, limit)
     text = state.calibration.batches(most=most)
-    return repair_tier(model, mask, text, state.args.prompt_part, own, rounding(storage))
+    return repair_tier(model, mask, text, state.args.prompt_part, own, rounding(storage), report)
 
 
 def repair_inputs(state: CompileState) -> dict[str, Any]:
@@ -435,8 +447,11 @@ def added_loss(state: CompileState, storage: Storage) -> dict[str, float]:
     """Nats per token that quantising the dense model adds, by domain, on the selection split."""
     assert state.selection is not None
     model = deployed_model(state, storage)
-    quantized = {name: mean_loss(model, batches(tokens)) for name, tokens in state.selection.domains}
-    return {name: loss - state.dense_loss[f"selection.{name}"] for name, loss in quantized.items()}
+    added = {}
+    for name, windows in state.selection.domains:
+        report = state.counter(f"{storage.precision} on {name}", "windows")
+        added[name] = mean_loss(model, windows, report) - state.dense_loss[f"selection.{name}"]
+    return added
 
 
 def stored_weights(state: CompileState, storage: Storage, masks: list[Mask]) -> Path:
@@ -463,7 +478,7 @@ def stored_weights(state: CompileState, storage: Storage, masks: list[Mask]) -> 
                 file, read_table(whole)[0], WeightReader(whole / WEIGHTS_FILE), config, masks
             )
         else:
-            tokens, report = rounding_text(calibration), _counter(state, f"writing {storage.precision} weights")
+            tokens, report = rounding_text(calibration), state.counter(f"writing {storage.precision} weights")
             args = (config, checkpoint.tensor, state.orders, masks, storage, state.args.context)
             table, histogram = write_weights(file, *args, state.observations, tokens, report)
         content = {"entries": table.to_json(), "bytes": histogram}
@@ -488,12 +503,3 @@ def dense_model(state: CompileState) -> Llama:
 def rounding_text(calibration: CalibrationSet) -> list[Tensor]:
     """The windows GPTQ sees: fewer than statistics for pruning need, as its cost grows with every token."""
     return [batch.tokens for batch in calibration.batches(4, most=ROUNDING_WINDOWS)]
-
-
-def batches(tokens: Tensor, size: int = 4) -> list[Tensor]:
-    """Windows [n, S] in batches of a few sequences, so that activations stay small."""
-    return list(torch.split(tokens, size))
-
-
-def _counter(state: CompileState, what: str) -> Callable[[int, int], None]:
-    return lambda done, total: state.tick(f"{what}: {done}/{total} layers")

@@ -21,11 +21,13 @@ from eopc_compiler.baselines import Method, flap, magnitude, random_units, wanda
 from eopc_compiler.cache import PARTIAL, StageCache
 from eopc_compiler.calibration import (
     CalibrationSet,
+    CalibSelect,
     Domain,
     build_calibration,
     load_calib,
     load_texts,
     read_mixture,
+    select_calibration,
 )
 from eopc_compiler.checkpoint import Checkpoint, open_checkpoint
 from eopc_compiler.config import LayerDims, LlamaConfig
@@ -59,6 +61,7 @@ METHODS: dict[str, Method] = {
     "random": random_units,
     **LAYER_METHODS,
 }
+SUB_BLOCK_METHODS = ("evop", "sleb")
 SEQUENCE = 256  # tokens per calibration window
 
 
@@ -71,10 +74,12 @@ class PruneArgs:
     model: str | None = None
     method: str = "iterative"
     units: Units = "all"
+    sub_blocks: bool = False  # of methods that remove whole layers
     uniform: bool = False
     align: int | None = None  # None: 32 for hidden sizes below 1024, else 64
     calib: tuple[str, ...] = ()
     only_calib: bool = False
+    calib_select: CalibSelect = "domains"
     calibration_tokens: int = 16384  # per domain
     steps: int = 5
     seed: int = 0
@@ -120,6 +125,7 @@ class PruneResult:
             "ratio_blocks": self.ratio_blocks,
             "ratio_params": 1 - self.config.param_count / self.dense.param_count,
             "units": args.units,
+            "sub_blocks": args.sub_blocks,
             "align": self.align,
             "uniform": args.uniform,
             "stock": self.stock,
@@ -156,7 +162,9 @@ def prune(args: PruneArgs, say: Say = lambda _text: None, tick: Say = lambda _te
     checkpoint = open_checkpoint(args.model)
     dense, align = checkpoint.config, args.align or default_align(checkpoint.config)
     check_align(dense, align)
-    request = PruneRequest(args.ratio, args.units, align, args.uniform, args.seed, args.steps, say, tick)
+    request = PruneRequest(
+        args.ratio, args.units, align, args.uniform, args.seed, args.steps, args.sub_blocks, say, tick
+    )
     check_reach(args.method, dense, request)
     texts = read_texts(args.text, checkpoint)
     with staged_folder(output) as staged:
@@ -227,6 +235,12 @@ def check_args(args: PruneArgs) -> None:
         raise UsageError(f"--ratio {args.ratio:g} is no share to remove. Give a number of at least 0 and below 1.")
     if args.units not in get_args(Units):
         raise UsageError(f"--units {args.units!r} is not known. Choose from {', '.join(get_args(Units))}.")
+    if args.sub_blocks and args.method not in SUB_BLOCK_METHODS:
+        raise UsageError(
+            f"--sub-blocks is for --method {' and '.join(SUB_BLOCK_METHODS)}, not {args.method}. Leave it out."
+        )
+    if args.sub_blocks and args.uniform:
+        raise UsageError("--uniform layers all have both sub-blocks. Leave out --sub-blocks or --uniform.")
     if args.dtype not in DTYPES:
         raise UsageError(f"--dtype {args.dtype!r} is not known. Choose from {', '.join(DTYPES)}.")
     if args.only_calib and not args.calib:
@@ -293,9 +307,9 @@ def read_calibration(args: PruneArgs, checkpoint: Checkpoint, say: Say) -> Calib
     length = min(SEQUENCE, checkpoint.config.max_position_embeddings, args.calibration_tokens)
     count = args.calibration_tokens // length
     say(f"reading calibration text: {', '.join(d.name for d in domains)}, {count} x {length} tokens each")
-    found = build_calibration(checkpoint.tokenizer(), domains, count, length, args.seed, allow_fewer=True)
+    found = select_calibration(args.calib_select, checkpoint.tokenizer(), domains, count, length, args.seed, say)
     for name, windows in found.domains:
-        if len(windows) < count:
+        if args.calib_select == "domains" and len(windows) < count:
             say(f"{name} has only {len(windows)} windows of {length} tokens")
     return found
 

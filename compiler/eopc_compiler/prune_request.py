@@ -44,6 +44,7 @@ class PruneRequest:
     uniform: bool = False  # the same widths in every layer, and head counts that stock loaders accept
     seed: int = 0
     steps: int = 5  # of methods that remove a little at a time
+    sub_blocks: bool = False  # attentions and as many FFNs, of methods that remove whole layers
     say: Say = field(default=_silent, compare=False)  # a line for whatever a user should know
     tick: Say = field(default=_silent, compare=False)  # a count that replaces the one before
 

@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eopc_compiler.calibration import Batch
 from eopc_compiler.model import Llama
 from eopc_compiler.sequences import fast_math, run_attention, run_ffn
+
+METRIC_SEQUENCES = 12  # the Fisher information settles long before the covariances do
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,12 @@ class LayerMetrics:
 
     attention: Tensor
     ffn: Tensor
+
+
+def metric_windows(batches: Sequence[Batch]) -> list[Tensor]:
+    """The first windows of every batch, METRIC_SEQUENCES or a little less in all, but at least one of each."""
+    share = max(1, METRIC_SEQUENCES // len(batches))
+    return [batch.tokens[:share] for batch in batches]
 
 
 def output_metrics(

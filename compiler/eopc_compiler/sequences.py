@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from eopc_compiler.model import Block, Llama, Projection, Rotary
 
 LOSS_ROWS = 256  # positions whose logits are held at a time
-
+LOSS_TOKENS = 1024  # per forward pass, where only the loss is wanted
 
 Past = tuple[Tensor, Tensor]  # keys and values [n, kv_heads, P, head_dim] of positions 0..P-1
 
@@ -78,6 +79,30 @@ def next_token_losses(model: Llama, hidden: Tensor, tokens: Tensor) -> Tensor:
         for i in range(0, len(rows), LOSS_ROWS)
     ]
     return torch.cat(parts).view(tokens.shape[0], -1)
+
+
+@torch.no_grad()
+def mean_loss(model: Llama, windows: Tensor, report: Callable[[int, int], None] | None = None) -> float:
+    """Mean next-token loss in nats over token windows [n, S], n >= 1, each on its own; summed in fp64.
+
+    Args:
+        report: called with (done, total) windows.
+    """
+    total, done = 0.0, 0
+    for tokens in torch.split(windows, max(1, LOSS_TOKENS // windows.shape[1])):
+        total += float(next_token_losses(model, run_blocks(model, tokens), tokens).double().sum())
+        done += len(tokens)
+        if report:
+            report(done, len(windows))
+    return total / windows[:, 1:].numel()
+
+
+def cosine_sum(before: Tensor, after: Tensor) -> float:
+    """Sum over tokens of the cosine between hidden states [n, S, hidden]; fp64.
+
+    Block influence of a layer (ShortGPT, arXiv 2403.03853) is 1 - E[cos(h_l, h_(l+1))].
+    """
+    return float(F.cosine_similarity(before.float(), after.float(), dim=-1).double().sum())
 
 
 def attention_inputs(model: Llama, layer: Block, x: Tensor) -> Tensor:

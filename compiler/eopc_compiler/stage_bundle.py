@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 
 from eopc_compiler.assemble import load_tier
+from eopc_compiler.importance import Report
 from eopc_compiler.ladder import keep_shares, mask_to_json, parameter_count, tier_config
 from eopc_compiler.parity import PROMPT, STEPS, check_parity
 from eopc_compiler.state import CompileState
@@ -123,7 +124,11 @@ def check_and_measure(state: CompileState) -> CompileState:
         del reference
         release_memory()
         state.say(f"measuring the perplexity of {info.tier}")
-        losses = {name: runtime_loss(bundle, info, windows) for name, windows in state.heldout.domains}
+        runner = OrtTier(bundle, info)
+        losses = {
+            name: runtime_loss(runner, windows, state.counter(f"{info.tier} on {name}", "windows"))
+            for name, windows in state.heldout.domains
+        }
         infos.append(
             replace(
                 info,
@@ -138,14 +143,14 @@ def check_and_measure(state: CompileState) -> CompileState:
     return replace(state, tiers=tuple(manifest_tiers(final)))
 
 
-def runtime_loss(bundle: Bundle, info: TierInfo, windows: torch.Tensor) -> float:
+def runtime_loss(runner: OrtTier, windows: torch.Tensor, report: Report) -> float:
     """Mean next-token loss of windows [n, S] through the runtime, nats."""
-    runner = OrtTier(bundle, info)
     total, count = 0.0, 0
-    for window in windows:
+    for done, window in enumerate(windows, start=1):
         logits = torch.from_numpy(runner.forward(runner.new_cache(), window.tolist(), logits="all"))
         total += float(torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="sum"))
         count += len(window) - 1
+        report(done, len(windows))
     return total / count
 
 
@@ -209,7 +214,8 @@ def manifest(state: CompileState, root: Path, table: EnergyTable) -> Manifest:
         calibration={
             "domains": list(state.calibration.names),
             "weights": list(state.calibration.weights),
-            "windows_per_domain": state.args.calibration_windows,
+            "select": state.args.calib_select,
+            "windows_per_domain": round(len(state.calibration.tokens) / len(state.calibration.names)),
             "window_tokens": state.args.calibration_length,
             "sha256": state.calibration.fingerprint,
             "weight_bytes": state.bytes_by_type,

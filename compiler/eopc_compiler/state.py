@@ -9,13 +9,13 @@ from typing import Any
 
 from eopc_compiler.assemble import Storage
 from eopc_compiler.cache import StageCache
-from eopc_compiler.calibration import CalibrationSet
+from eopc_compiler.calibration import CalibrationSet, CalibSelect
 from eopc_compiler.checkpoint import Checkpoint
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.dialects import Dialect
 from eopc_compiler.export import WeightTable
 from eopc_compiler.extras import TierExtras
-from eopc_compiler.importance import Observations
+from eopc_compiler.importance import Observations, Report
 from eopc_compiler.ladder import UnitOrder
 from eopc_compiler.planner import TierPlan
 from eopc_runtime.profiles import DeviceProfile
@@ -42,6 +42,7 @@ class BuildArgs:
     output: Path = Path("bundle")
     workload: Workload = Workload()
     calib: tuple[str, ...] = ()
+    calib_select: CalibSelect = "domains"
     masks: tuple[Path, ...] = ()
     precision: tuple[str, ...] = ("auto",)
     dialect: str | None = None
@@ -107,3 +108,7 @@ class CompileState:
         """The dense model's config."""
         assert self.checkpoint is not None, "load_checkpoint comes first"
         return self.checkpoint.config
+
+    def counter(self, what: str, units: str = "layers") -> Report:
+        """A reporter of (done, total) that writes to the progress line."""
+        return lambda done, total: self.tick(f"{what}: {done}/{total} {units}")

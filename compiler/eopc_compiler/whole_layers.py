@@ -4,6 +4,8 @@
 * `sleb`: greedy, one layer at a time (SLEB, arXiv 2402.09025; re-implementation).
 * `shortgpt`: the lowest block influence (ShortGPT, arXiv 2403.03853; re-implementation), one pass over all the text.
 
+With `sub_blocks`, searches leave out as many attentions and as many FFNs instead, each of any layer.
+
 Searches score patterns on a few windows of every domain, in two stages, so that a pattern costs little.
 """
 
@@ -76,6 +78,12 @@ def stages(calibration: CalibrationSet) -> list[Tensor]:
     return found
 
 
+def what_goes(pattern: Any) -> str:
+    """The removed layers by number, or the attentions and the FFNs."""
+    attention, ffn = (", ".join(map(str, layers)) for layers in (pattern.attention, pattern.ffn))
+    return f"attentions {attention} and FFNs {ffn}" if pattern.sub_blocks else f"layers {attention}"
+
+
 def _searched(
     searcher: str, evaluations: int, model: Llama, calibration: CalibrationSet, request: PruneRequest
 ) -> Choice:
@@ -95,8 +103,9 @@ def _searched(
         evaluations,
         request.seed,
         report=report,
+        sub_blocks=request.sub_blocks,
     )
-    request.say(f"{searcher}: {result.evaluations} patterns, layers {', '.join(map(str, result.pattern.removed))} go")
+    request.say(f"{searcher}: {result.evaluations} patterns, {what_goes(result.pattern)} go")
     return Choice(result.pattern.kept(model.config))
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from eopc_compiler.baselines import (
+    ColumnMoments,
     Method,
-    Moments,
     embed,
     flap,
     magnitude,
@@ -218,7 +218,7 @@ def test_silencing_ends_with_its_block(make_tiny: MakeTiny) -> None:
 def test_moments_of_parts_are_the_moments_of_the_whole() -> None:
     """Chan's update equals numpy-style mean and variance in one go, far from zero as well."""
     rows = torch.randn(50, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e6
-    moments = Moments.empty(7)
+    moments = ColumnMoments.empty(7)
     for part in rows.split([1, 30, 19]):
         moments.add(part)
     torch.testing.assert_close(moments.mean, rows.mean(0))

@@ -8,12 +8,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims, LlamaConfig
-from eopc_compiler.importance import LayerCurves, mean_loss, observe
+from eopc_compiler.importance import LayerCurves, observe
 from eopc_compiler.ladder import UnitOrder
 from eopc_compiler.model import build_model
 
@@ -140,16 +139,6 @@ def test_input_peaks_are_the_largest_magnitudes_each_matrix_sees(make_tiny: Make
     # the same sums, batched differently
     torch.testing.assert_close(observed.peaks[2].down, want, rtol=1e-5, atol=1e-5)
     assert (observed.peaks[0].o.shape, observed.peaks[0].down.shape) == ((128,), (128,))
-
-
-def test_the_mean_loss_is_that_of_the_models_own_logits(make_tiny: MakeTiny, batches: list[Batch]) -> None:
-    """`mean_loss` averages over all tokens of all batches."""
-    config, tensors = make_tiny()
-    model, windows = build_model(config, tensors, CONTEXT), [b.tokens for b in batches]
-    parts = [
-        F.cross_entropy(model.score(t)[:, :-1].flatten(0, 1), t[:, 1:].flatten(), reduction="none") for t in windows
-    ]
-    assert mean_loss(model, windows) == pytest.approx(float(torch.cat(parts).mean()), abs=1e-5)
 
 
 def test_observing_leaves_the_model_as_it_was_and_is_repeatable(make_tiny: MakeTiny, batches: list[Batch]) -> None:

@@ -109,6 +109,16 @@ def test_layers_that_differ_are_said_to_need_eopc(tiny_checkpoint: Path, tmp_pat
     assert "stock transformers does not" in result.stdout and "--uniform" in result.stdout
 
 
+def test_sub_blocks_are_left_out_and_the_folder_reads_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """EvoP removes one attention and one FFN of four; eopc reads the folder, and its output says that others do not."""
+    result = run_cli(tiny_checkpoint, "--ratio", "0.25", "--method", "evop", "--sub-blocks", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    layers = open_checkpoint(str(tmp_path / "out")).config.layers
+    whole = [(d.num_key_value_heads, d.intermediate_size) for d in layers].count((2, 192))
+    assert (len(layers), whole) in {(4, 2), (3, 3)}  # of two layers, or both of one
+    assert whole == 3 or "stock transformers does not" in result.stdout
+
+
 def test_the_same_seed_writes_the_same_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Bytes are equal; another draw of calibration text chooses otherwise."""
     files = []
@@ -177,6 +187,8 @@ def test_a_pruned_model_can_be_pruned_again_and_half_precision_is_measured(
         (("--ratio", "0.3", "--method", "qqq"), 1, "Choose from"),
         (("--ratio", "0.05", "--method", "sleb"), 1, "rounds to 0"),
         (("--ratio", "0.3", "--method", "sleb", "--units", "ffn"), 1, "--units"),
+        (("--ratio", "0.3", "--method", "shortgpt", "--sub-blocks"), 1, "evop and sleb"),
+        (("--ratio", "0.3", "--method", "evop", "--sub-blocks", "--uniform"), 1, "--uniform"),
         (("--ratio", "0.3", "--align", "7"), 1, "does not divide"),
         (("--ratio", "0.3", "--align", "0"), 2, "--align"),
         (("--ratio", "0.3", "--only-calib"), 1, "--calib NAME=FILE"),

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.model import Llama, build_model
-from eopc_compiler.sensitivity import LayerMetrics, output_metrics
+from eopc_compiler.sensitivity import LayerMetrics, metric_windows, output_metrics
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
 LENGTH = 32
@@ -89,3 +90,12 @@ def test_a_layer_without_sub_blocks_has_a_metric_all_the_same(make_tiny: MakeTin
     metrics = output_metrics(build_model(config, tensors, LENGTH), [tokens[:2]])
     assert float(metrics[1].ffn.diagonal().sum()) > 0
     torch.testing.assert_close(metrics[1].ffn, metrics[0].ffn, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize(("batches", "of_each"), [(1, 8), (2, 6), (4, 3), (5, 2), (12, 1), (30, 1)])
+def test_a_dozen_windows_stand_for_all_batches_and_every_batch_is_among_them(batches: int, of_each: int) -> None:
+    """Equal counts from the start of every batch, a dozen or a little less in all, but never none of a batch."""
+    text = [Batch(i, 1.0, torch.arange(8)[:, None] + 100 * i) for i in range(batches)]
+    assert [t[:, 0].tolist() for t in metric_windows(text)] == [
+        [100 * i + n for n in range(of_each)] for i in range(batches)
+    ]

@@ -14,7 +14,7 @@ from eopc_compiler.config import LlamaConfig
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.prune_request import PruneRequest
 from eopc_compiler.pruned import Choice, keep_all, slice_model
-from eopc_compiler.sequences import next_token_losses, run_blocks, run_layer
+from eopc_compiler.sequences import mean_loss, next_token_losses, run_blocks, run_layer
 from eopc_compiler.whole_layers import evop, layers_to_remove, shortgpt, sleb, stages
 from eopc_runtime.errors import UsageError
 
@@ -68,6 +68,21 @@ def test_ratio_zero_keeps_every_layer_without_a_search(
     """Nothing is chosen, nothing is changed."""
     config, tensors = make_tiny()
     assert method(build_model(config, tensors, 64), calibration, PruneRequest(0.0)) == Choice(keep_all(config))
+
+
+@pytest.mark.parametrize("method", [evop, sleb])
+def test_sub_blocks_go_apart(make_tiny: MakeTiny, calibration: CalibrationSet, method: Method) -> None:
+    """The attention of one layer and the FFN of another, which add nothing, go; the sliced model computes the same."""
+    config, tensors = make_tiny(num_hidden_layers=5)
+    tensors["model.layers.3.self_attn.o_proj.weight"] *= 0
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 0
+    model, said = build_model(config, tensors, 64), list[str]()
+    choice = method(model, calibration, PruneRequest(0.2, sub_blocks=True, say=said.append))
+    gone = [(k.source_layer, not k.kv_groups, not k.ffn_channels) for k in choice.kept]
+    assert [sum(g[i] for g in gone) for i in (1, 2)] == [1, 1] and "attentions" in said[-1]
+    sliced = slice_model(config, tensors.__getitem__, choice.kept, choice.changed).build(64)
+    tokens = torch.cat(stages(calibration))
+    assert mean_loss(sliced, tokens) <= mean_loss(model, tokens) + 1e-5
 
 
 @pytest.mark.parametrize(("ratio", "count"), [(0.2, 1), (0.4, 1), (0.5, 2), (0.8, 2)])

@@ -7,6 +7,7 @@ user_text.py    --calib NAME=FILE[:FIELD][@WEIGHT]
 hub.py          --calib NAME=hf:DATASET
 windows.py      the sampler, and token windows per domain
 ccds.py         windows drawn uniformly over clusters that are found in the text
+select.py       --calib-select: by domain, or by cluster
 embed.py        what the clusters are found by
 """
 
@@ -14,11 +15,13 @@ from eopc_compiler.calibration.builtin import default_domains
 from eopc_compiler.calibration.ccds import CcdsDraw, CcdsRecord, CcdsSettings, ccds_calibration
 from eopc_compiler.calibration.domains import Domain, Split
 from eopc_compiler.calibration.embed import Embedding, hidden_state_embedding, tfidf_embedding
+from eopc_compiler.calibration.select import CalibSelect, select_calibration
 from eopc_compiler.calibration.user_text import load_calib, load_texts, read_mixture
 from eopc_compiler.calibration.windows import Batch, CalibrationSet, Tokenizer, build_calibration
 
 __all__ = [
     "Batch",
+    "CalibSelect",
     "CalibrationSet",
     "CcdsDraw",
     "CcdsRecord",
@@ -34,5 +37,6 @@ __all__ = [
     "load_calib",
     "load_texts",
     "read_mixture",
+    "select_calibration",
     "tfidf_embedding",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +13,9 @@ from eopc_runtime.cli.output import Progress, format_bytes, print_json, print_ta
 from eopc_runtime.errors import UsageError
 from eopc_runtime.profiles import load_profile
 from eopc_runtime.units import format_energy, parse_budgets
+
+if TYPE_CHECKING:
+    from eopc_compiler.calibration import CalibSelect
 
 PRECISIONS = ("auto", "fp32", "fp16", "int8", "int4")
 
@@ -29,6 +33,13 @@ PRECISIONS = ("auto", "fp32", "fp16", "int8", "int4")
     help="More calibration text, repeatable: NAME=FILE[:FIELD][@WEIGHT], a .txt or .jsonl, or NAME=hf:DATASET[:FIELD]"
     "[@WEIGHT] from the Hugging Face Hub. Text, code, arithmetic and dialogue are built in, each with weight 1; a NAME "
     "of theirs replaces them.",
+)
+@click.option(
+    "--calib-select",
+    type=click.Choice(["domains", "ccds"]),
+    default="domains",
+    show_default=True,
+    help="Calibrate on every domain by weight, or alike on clusters found in all their text.",
 )
 @click.option(
     "--mask", "masks", multiple=True, type=click.Path(path_type=Path), help="Given masks, largest first; repeatable."
@@ -74,6 +85,7 @@ def build(
     output: Path | None,
     workload: str,
     calib: tuple[str, ...],
+    calib_select: CalibSelect,
     masks: tuple[Path, ...],
     precision: str,
     max_added_loss: float,
@@ -104,6 +116,7 @@ def build(
         output=output or Path(f"{default_name(model)}-{device}.eopc"),
         workload=Workload(*work),
         calib=calib,
+        calib_select=calib_select,
         masks=masks,
         precision=precisions,
         dialect=dialect,

@@ -29,10 +29,22 @@ from eopc_runtime.cli.output import Progress, print_json, print_table
     show_default=True,
     help="FFN channels only, or KV groups as well.",
 )
+@click.option(
+    "--sub-blocks",
+    is_flag=True,
+    help="evop and sleb: leave out attentions and as many FFNs, of any layers, in place of whole layers.",
+)
 @click.option("--uniform", is_flag=True, help="The same widths in every layer, for stock from_pretrained.")
 @click.option("--align", type=click.IntRange(min=1), help="FFN widths are multiples of it. [default: 32, or 64]")
 @click.option("--calib", multiple=True, metavar="NAME=FILE", help="More calibration text, .txt or .jsonl; repeatable.")
 @click.option("--only-calib", is_flag=True, help="Leave the built-in calibration text out.")
+@click.option(
+    "--calib-select",
+    type=click.Choice(["domains", "ccds"]),
+    default="domains",
+    show_default=True,
+    help="Calibrate on every domain by weight, or alike on clusters found in all their text.",
+)
 @click.option(
     "--calibration-tokens", type=click.IntRange(min=2), default=16384, show_default=True, help="Tokens per domain."
 )

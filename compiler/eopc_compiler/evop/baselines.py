@@ -6,13 +6,12 @@ import random
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from eopc_compiler.evop.pattern import Pattern, Space, random_pattern
 from eopc_compiler.evop.tally import Tally
 from eopc_compiler.model import Llama
-from eopc_compiler.sequences import run_layer
+from eopc_compiler.sequences import cosine_sum, run_layer
 from eopc_runtime.errors import UsageError
 
 
@@ -54,14 +53,14 @@ def best_of_random(tally: Tally, rng: random.Random, batch: int = 16) -> None:
 
 @torch.no_grad()
 def block_influence(model: Llama, stages: Sequence[Tensor]) -> tuple[float, ...]:
-    """ShortGPT's BI (arXiv 2403.03853) per layer: 1 - E[cos(h_l, h_(l+1))] over the tokens of windows [n, S]."""
+    """ShortGPT's BI (arXiv 2403.03853) per layer, over the tokens of windows [n, S]."""
     totals, count = [0.0] * len(model.blocks), 0
     for tokens in stages:
         hidden: Tensor = model.model.embed_tokens(tokens)
         count += tokens.numel()
         for index, layer in enumerate(model.blocks):
             after = run_layer(model, layer, hidden)
-            totals[index] += float(F.cosine_similarity(hidden.float(), after.float(), dim=-1).double().sum())
+            totals[index] += cosine_sum(hidden, after)
             hidden = after
     return tuple(1.0 - total / count for total in totals)
 

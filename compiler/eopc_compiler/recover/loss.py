@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eopc_compiler.model import Llama, build_model
-from eopc_compiler.sequences import next_token_losses, run_blocks, run_layer
+from eopc_compiler.sequences import mean_loss, run_layer
 
 Domains = Sequence[tuple[str, Tensor]]  # (name, int64 [n, S])
-
-_EVALUATION_TOKENS = 2048  # per forward pass
 
 
 def autocast(bf16: bool) -> AbstractContextManager[object]:
@@ -123,14 +121,7 @@ def _light(model: Llama) -> Llama:
     return build_model(model.config, tensors, model.get_buffer("cos").shape[0])
 
 
-@torch.no_grad()
 def selection_losses(model: Llama, domains: Domains, bf16: bool) -> dict[str, float]:
     """Mean next-token loss of whole windows by domain, in nats."""
-    losses = {}
-    for name, windows in domains:
-        total = 0.0
-        for tokens in torch.split(windows, max(1, _EVALUATION_TOKENS // windows.shape[1])):
-            with autocast(bf16):
-                total += float(next_token_losses(model, run_blocks(model, tokens), tokens).sum())
-        losses[name] = total / windows[:, 1:].numel()
-    return losses
+    with autocast(bf16):
+        return {name: mean_loss(model, windows) for name, windows in domains}
