@@ -64,7 +64,7 @@ def mode_restored(mode: Mode, place: Place) -> Iterator[None]:
     """Come back to a mode whatever happens inside; exits at once, with nothing changed, when it cannot be set now."""
     if (reason := set_mode(mode, place)) is not None:
         sys.exit(f"Error: `sudo -n nvpmodel -m {mode.ident}` does not work here: {reason}. The README says what to do.")
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT too: a shell's background job ignores it
         signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:
         yield
