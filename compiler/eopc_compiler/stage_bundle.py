@@ -129,6 +129,8 @@ def check_and_measure(state: CompileState) -> CompileState:
             name: runtime_loss(runner, windows, state.counter(f"{info.tier} on {name}", "windows"))
             for name, windows in state.heldout.domains
         }
+        del runner
+        release_memory()  # before the next tier's reference is loaded
         infos.append(
             replace(
                 info,
