@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def cached_traces() -> Iterator[None]:
         key = (config, dialect.name, dtype, context)
         if key not in taken:
             taken[key] = trace(config, dialect, dtype, context)
+            gc.freeze()  # the libraries are loaded by now: collections between passes need not look at their objects
         return taken[key].clone()
 
     with pytest.MonkeyPatch.context() as patch:
