@@ -1,8 +1,9 @@
 """Static pruning measured: methods, iteration, mixture, handover and ladders, on perplexity of held-out text.
 
     python benchmarks/pruning.py methods   --corpora FOLDER      every method of eopc prune on the same text
-    python benchmarks/pruning.py iteration --corpora FOLDER      S = 1, S = 10, and S = 1 with all the text of S = 10
+    python benchmarks/pruning.py iteration --corpora FOLDER      S = 1, S = 10, and fewer steps with all that text
     python benchmarks/pruning.py mixture   --corpora FOLDER      calibrated on text, code, maths, or their mixture
+    python benchmarks/pruning.py recover   --corpora FOLDER      the default method, then --minutes of distillation
 
 FOLDER is laid out as benchmarks/corpora.py says. Perplexity is measured in fp32 on windows of 512 tokens of documents
 that calibration never saw; a ratio is to the dense model on the same windows. Rows are appended to --log as they come,
@@ -22,18 +23,21 @@ from typing import Any
 
 import click
 import torch
-from corpora import add_corpora_option, calibration_set, evaluation_windows
+from corpora import add_corpora_option, calibration_set, evaluation_windows, read_domains
 
 from eopc_compiler.calibration import CalibrationSet
 from eopc_compiler.checkpoint import Checkpoint, open_checkpoint
 from eopc_compiler.model import Llama, build_model
-from eopc_compiler.prune import METHODS, apply_choice
+from eopc_compiler.prune import LAYER_METHODS, METHODS, apply_choice
 from eopc_compiler.prune_request import PruneRequest
+from eopc_compiler.pruned import PrunedModel
+from eopc_compiler.recover import RECOVERY_TOKENS, RecoverSettings, recover, training_windows
 from eopc_compiler.sequences import mean_loss
 
 Row = dict[str, Any]  # key, losses by domain in nats per token, seconds
 DOMAINS = ("wiki", "code", "maths")
 LENGTH = 512
+RECOVERY_LENGTH = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,29 +49,30 @@ class Run:
     domains: tuple[str, ...]
     tokens: int  # per domain
     request: PruneRequest
+    minutes: float = 0.0  # of recovery
 
     @property
     def key(self) -> str:
         r = self.request
-        return (
-            f"{self.label}|{self.method}|{','.join(self.domains)}|{self.tokens}|{r.ratio}|{r.units}|{r.steps}|{r.seed}"
-        )
+        how = f"{self.tokens}|{r.ratio}|{r.units}|{r.steps}|{r.seed}"
+        return f"{self.label}|{self.method}|{','.join(self.domains)}|{how}|{self.minutes:g}"
 
 
 def methods(args: argparse.Namespace) -> list[Run]:
     """Every method that removes FFN channels, at the same calibration tokens."""
     request = PruneRequest(args.ratio, "ffn", 32, seed=args.seed, steps=args.steps)
-    names = [n for n in METHODS if n not in ("evop", "shortgpt", "sleb")]
+    names = args.method or [n for n in METHODS if n not in LAYER_METHODS]
     return [Run(n, n, DOMAINS, args.tokens, request) for n in names]
 
 
 def iteration(args: argparse.Namespace) -> list[Run]:
-    """S = 1 and S = 10 at --tokens per step, and S = 1 with ten times the text."""
+    """S = 1 and S = 10 at --tokens per step, and S = 1 and S = 2 with all the text of S = 10."""
     one = PruneRequest(args.ratio, "ffn", 32, seed=args.seed, steps=1)
     return [
         Run("S=1", "iterative", DOMAINS, args.tokens, one),
         Run("S=1, 10x text", "iterative", DOMAINS, 10 * args.tokens, one),
         Run("S=10", "iterative", DOMAINS, 10 * args.tokens, replace(one, steps=10)),
+        Run("S=2, 10x text", "iterative", DOMAINS, 10 * args.tokens, replace(one, steps=2)),
     ]
 
 
@@ -81,10 +86,18 @@ def mixture(args: argparse.Namespace) -> list[Run]:
     return runs
 
 
+def recovery(args: argparse.Namespace) -> list[Run]:
+    """The default method, and with minutes of distillation after it."""
+    request = PruneRequest(args.ratio, "ffn", 32, seed=args.seed, steps=args.steps)
+    rows = [("training-free", 0.0), (f"{args.minutes:g} min recovery", args.minutes)]
+    return [Run(label, "iterative", DOMAINS, args.tokens, request, minutes) for label, minutes in rows]
+
+
 TABLES: dict[str, Callable[[argparse.Namespace], list[Run]]] = {
     "methods": methods,
     "iteration": iteration,
     "mixture": mixture,
+    "recover": recovery,
 }
 
 
@@ -97,8 +110,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens per domain [8192]")
     parser.add_argument("--steps", type=int, default=5, help="of methods that iterate [5]")
     parser.add_argument("--windows", type=int, default=24, help="evaluation windows per domain [24]")
+    parser.add_argument("--method", action="append", choices=METHODS, help="of methods [all that remove channels]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=3, help="of mixture [3]")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of recover [20]")
     parser.add_argument("--log", type=Path, default=Path("pruning.jsonl"))
     args = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -124,8 +139,25 @@ def measure(run: Run, model: Llama, checkpoint: Checkpoint, folder: Path, window
     text = calibration_set(checkpoint.tokenizer(), folder, run.domains, run.tokens, LENGTH, run.request.seed)
     started = time.monotonic()
     choice = METHODS[run.method](model, text, run.request)
+    pruned = apply_choice(model, choice)
+    if run.minutes:
+        pruned = recovered(run, pruned, model, checkpoint, folder)
     seconds = time.monotonic() - started
-    return {"losses": losses(apply_choice(model, choice).build(LENGTH), windows), "seconds": seconds}
+    return {"losses": losses(pruned.build(LENGTH), windows), "seconds": seconds}
+
+
+def recovered(run: Run, pruned: PrunedModel, model: Llama, checkpoint: Checkpoint, folder: Path) -> PrunedModel:
+    """Distilled from the dense model on the calibration split, checked on the selection split."""
+    tokenizer, domains, seed = checkpoint.tokenizer(), read_domains(folder, run.domains), run.request.seed
+    text = training_windows(tokenizer, domains, RECOVERY_TOKENS, RECOVERY_LENGTH, seed)
+    selection = calibration_set(tokenizer, folder, run.domains, 8 * RECOVERY_LENGTH, RECOVERY_LENGTH, seed, "selection")
+    settings = RecoverSettings(minutes=run.minutes, seed=seed)
+    sources = [layer.source_layer for layer in pruned.kept]
+    with torch.enable_grad():
+        report = recover(
+            pruned.build(LENGTH), model, text, selection.domains, settings, sources=sources, report=click.echo
+        )
+    return replace(pruned, tensors={**pruned.tensors, **report.tensors})
 
 
 def losses(model: Llama, windows: CalibrationSet) -> dict[str, float]:

@@ -18,6 +18,7 @@ from eopc_compiler.cache import StageCache
 from eopc_compiler.pipeline import run_passes
 from eopc_compiler.stage_bundle import move_into_place
 from eopc_compiler.state import BuildArgs, CompileState
+from eopc_runtime.engines import list_engine_sets, set_folder
 from eopc_runtime.errors import EopcError, UsageError
 from eopc_runtime.profiles import load_profile
 
@@ -95,6 +96,8 @@ def build(
         raise EopcError(
             f"{args.output} cannot be written: {error.filename}: {error.strerror}. Choose another folder with -o."
         ) from error
+    if list_engine_sets(args.output):
+        say(f"the engines in {args.output} belong to the bundle that is replaced; eopc engine builds new ones")
     state = CompileState(args, cache, profile, say, tick)
     try:
         restore_old(args.output)
@@ -159,11 +162,18 @@ def check_output(output: Path, dry_run: bool) -> None:
 
 
 def bundle_files(folder: Path) -> set[str] | None:
-    """Names of the files of a bundle, damaged or not, as its manifest lists them; None if it has no such manifest."""
+    """Names of the files of a bundle, damaged or not, as its manifest lists them, and of its engines.
+
+    None if it has no such manifest.
+    """
     try:
         content = json.loads((folder / "manifest.json").read_bytes())
         content["eopc_version"]  # a manifest.json of something else has none
-        return {"manifest.json", *(entry["path"] for entry in content["files"])}
+        engines = (path for key in list_engine_sets(folder) for path in set_folder(folder, key).iterdir())
+        own = {
+            path.relative_to(folder).as_posix() for path in engines
+        }  # made from the bundle, and of no use without it
+        return {"manifest.json", *(entry["path"] for entry in content["files"]), *own}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 

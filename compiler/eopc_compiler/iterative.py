@@ -7,14 +7,19 @@ measured reason: units are ranked by what the *repaired* layer loses (OBS) and n
 measured in nats through the Fisher information of the residual stream, so that the global choice needs no z-scores; and
 kept columns are re-fitted by least squares.
 
-    for s = 1..S, each with windows of its own
-        choose how much every layer loses by then: least loss added per cost saved, from the last step's curves
-        from the first layer up: moments of the inputs, behind the already cut layers below, added to earlier steps'
-                                 remove, re-fit the dense map to what is left, record the curve for the next step
-    once more over all windows: re-fit, nothing removed
+    look: curves of the loss added by removing 1, 2, ... parcels of units, per layer, on the dense model
+    for s = 1..S
+        choose how much every layer has lost by then: least loss added per cost saved, from the last sweep's curves
+        from the first layer up: moments of the inputs, behind the layers below as they are cut by now;
+                                 choose the units among all, re-fit the dense map to what is left, record the curve
+        in the last step a re-fitted map also makes up for part of the error that the layers below have left
 
-Two habits made iteration lose to one step, and are avoided: fitting what the last step had fitted (errors of small
-samples pile up), and giving every step the same windows (it learns them by heart).
+The windows are dealt to the look and the steps before the last, whose moments add up; the last step sees all of them.
+One step (S = 1) means one-shot: all statistics, those of the fit too, are of the dense model.
+
+Three habits made iteration lose to one step, and are avoided: fitting what the last step had fitted (errors of small
+samples pile up), giving every step the same windows (it learns them by heart), and never taking back a unit that went
+when little text had been seen.
 """
 
 from __future__ import annotations
@@ -39,6 +44,7 @@ from eopc_compiler.surgery import (
     MomentSums,
     Removals,
     compensate,
+    correction,
     obs_removals,
     repair,
     sum_moments,
@@ -65,6 +71,8 @@ class Settings:
     within: bool = False  # V_within in place of V_total
     targets: tuple[LayerDims, ...] | None = None  # what every layer keeps in the end; None: by loss added and cost
     damping: float = DAMPING
+    pull: float = 0.5  # share of the error of all layers below that a re-fitted map makes up for, in the last step
+    pull_damping: float = 0.1
     seed: int = 0
 
 
@@ -81,7 +89,7 @@ class _Layer:
 
     def output(self, kind: Kind) -> Projection:
         """The map whose inputs are the units."""
-        return self.block.self_attn.o_proj if kind == "kv_groups" else self.block.mlp.down_proj
+        return _output(self.block, kind)
 
     def columns(self, kind: Kind) -> Tensor:
         """Inputs of that map that are left, ascending."""
@@ -108,10 +116,12 @@ def prune_iteratively(
         What is kept, and the repaired o_proj and down_proj with their biases, by source layer.
     """
     run = _Run(model, batches, settings, cost, report)
-    for step, windows in enumerate(deal(batches, settings.steps), start=1):
-        run.step(windows, settings.ratio * step / settings.steps, f"step {step}/{settings.steps}")
-    if settings.steps > 1:
-        run.settle(batches)
+    hands = deal(batches, settings.steps)
+    run.sweep(hands[0], 0.0, "looking")
+    for step, windows in enumerate([*hands[1:], list(batches)], start=1):
+        if step == settings.steps:
+            run.sums.clear()  # what follows sees the same windows again
+        run.sweep(windows, settings.ratio * step / settings.steps, f"step {step}/{settings.steps}")
     return run.choice()
 
 
@@ -142,26 +152,14 @@ class _Run:
         cost: Callable[[Kind], float],
         report: Report | None,
     ) -> None:
-        self.settings, self.cost, self.batches, self.report = settings, cost, batches, report
+        self.settings, self.cost, self.report = settings, cost, report
         self.dense, self.model = model, working_copy(model)
         self.layers = [_Layer(b, d) for b, d in zip(self.model.blocks, model.config.layers, strict=True)]
-        self.metrics = self._metrics()
+        self.metrics = self._metrics(batches) if settings.use_metric else ()
         self.units = {"kv_groups": 1, "ffn": settings.align}  # units that go at a time
         self.curves: dict[Key, Curve] = {}
         self.sums: dict[Key, MomentSums] = {}
         self.total = sum(cost(kind) * len(layer.left[kind]) for layer in self.layers for kind in settings.kinds)
-
-    def step(self, windows: Sequence[Batch], ratio: float, what: str) -> None:
-        """Bring the removed cost to `ratio` of the total on these windows, and learn the curves from there on."""
-        self.batches = windows
-        counts = self._counts(ratio, what)
-        self._sweep(counts, what)
-
-    def settle(self, windows: Sequence[Batch]) -> None:
-        """Re-fit everything once more on all windows, behind the model as it is in the end."""
-        self.batches = windows
-        self.sums.clear()
-        self._sweep({}, "settling")
 
     def choice(self) -> Choice:
         """What is kept, ascending, and the changed tensors in the same order."""
@@ -176,112 +174,150 @@ class _Run:
             kept.append(KeptLayer(layer.source, *(tuple(layer.left[kind]) for kind in KINDS)))
         return Choice(tuple(kept), changed)
 
-    def _counts(self, ratio: float, what: str) -> Counts:
-        """Units to remove now, per layer and kind."""
+    def _counts(self, ratio: float) -> Counts:
+        """Units that are gone at a ratio, per layer and kind."""
+        if not ratio:
+            return {}
         if self.settings.targets:
-            return self._towards(self.settings.targets, ratio / (self.settings.ratio or 1.0))
-        left = {(i, k): len(layer.left[k]) for i, layer in enumerate(self.layers) for k in self.settings.kinds}
-        removed = self.total - sum(self.cost(kind) * n for (_, kind), n in left.items())
-        goal = ratio * self.total - removed
-        if not self.curves:
-            self._sweep({}, f"{what}, looking")
-            self.sums.clear()  # the same windows come again
-        return allocate(self.curves, self.units, self.cost, goal)
+            return self._towards(self.settings.targets, ratio / self.settings.ratio)
+        return allocate(self.curves, self.units, self.cost, ratio * self.total)
 
     def _towards(self, targets: Sequence[LayerDims], share: float) -> Counts:
-        """Units to remove now, so that `share` of what separates each layer from its target is gone, in parcels."""
+        """Units that are gone when `share` of what separates each layer from its target is, in parcels."""
         counts: Counts = {}
         for index, (layer, dims) in enumerate(zip(self.layers, targets, strict=True)):
             keeps = {"kv_groups": dims.num_key_value_heads, "ffn": dims.intermediate_size}
             for kind in self.settings.kinds:
                 parcels = (layer.units[kind] - keeps[kind]) // self.units[kind]
-                gone = layer.units[kind] - len(layer.left[kind])
-                counts[index, kind] = int(share * parcels + 0.5) * self.units[kind] - gone
+                counts[index, kind] = int(share * parcels + 0.5) * self.units[kind]
         return counts
 
     @torch.no_grad()
-    def _sweep(self, counts: Counts, what: str) -> None:
-        """From the first layer up: cut what `counts` says, re-fit, and record what going on would cost."""
-        hidden = [self.model.model.embed_tokens(batch.tokens) for batch in self.batches]
+    def sweep(self, windows: Sequence[Batch], ratio: float, what: str) -> None:
+        """From the first layer up: bring the removed cost to `ratio` of the total, re-fit, and record the curves."""
+        counts = self._counts(ratio)
+        seen = self.dense if self.settings.steps == 1 else self.model  # whose statistics count
+        hidden = [self.dense.model.embed_tokens(batch.tokens) for batch in windows]
+        pulls = seen is self.model and self._is_last(ratio) and self.settings.repair and self.settings.pull > 0
+        whole = list(hidden) if pulls else []  # the same in the dense model
         for index, layer in enumerate(self.layers):
             for kind in KINDS:
-                if not layer.left[kind]:
+                if not layer.units[kind]:
                     continue
-                inputs = [self._inputs(layer.block, kind, x) for x in hidden]
+                inputs = [self._inputs(seen, index, kind, x) for x in hidden]
+                whole = [self._dense_step(index, kind, x) for x in whole]
                 if kind in self.settings.kinds:
-                    self._operate(index, kind, inputs, counts.get((index, kind), 0))
-                hidden = [add_output(x, layer.output(kind), z) for x, z in zip(hidden, inputs, strict=True)]
+                    sums = self._sums((index, kind), windows, inputs)
+                    self._operate(index, kind, sums, counts.get((index, kind), 0), self._horizon(layer, kind, ratio))
+                    if pulls and layer.is_cut(kind):
+                        self._pull(index, kind, windows, hidden, inputs, whole)
+                output = _output(seen.blocks[index], kind)
+                hidden = [add_output(x, output, z) for x, z in zip(hidden, inputs, strict=True)]
             if self.report:
                 self.report(what, index + 1, len(self.layers))
 
-    def _operate(self, index: int, kind: Kind, inputs: list[Tensor], count: int) -> None:
-        """Remove `count` units and re-fit the map, always from the dense one, so that fits do not drift."""
-        layer, dense = self.layers[index], self._dense_output(index, kind)
+    def _operate(self, index: int, kind: Kind, sums: MomentSums, count: int, horizon: int) -> None:
+        """Remove `count` of all the units there were, re-fit the dense map to the rest, and look up to `horizon`."""
+        layer, dense = self.layers[index], _output(self.dense.blocks[index], kind)
         output, at_once = layer.output(kind), self.units[kind]
-        moments = self._moments((index, kind), inputs, dense)
-        units, columns = layer.left[kind], layer.columns(kind)
-        ahead = min(len(units) - at_once, count + self._horizon(len(units), kind))
-        removals = self._removals(index, kind, output.weight.data[:, columns], moments.restricted(columns), ahead)
-        done = removals.errors[count - 1] if count else 0.0
-        self.curves[index, kind] = tuple(e - done for e in removals.errors[count + at_once - 1 :: at_once])
+        moments = self._moments(sums, dense)
+        removals = self._removals(index, kind, dense.weight.data, moments, max(count, horizon))
+        self.curves[index, kind] = removals.errors[at_once - 1 :: at_once]
         gone = set(removals.units[:count])
-        layer.left[kind] = [u for i, u in enumerate(units) if i not in gone]
-        if layer.is_cut(kind):
-            kept = layer.columns(kind)
-            if self.settings.repair:
-                fitted, bias = repair(moments, dense.weight, kept, self.settings.damping)
-            else:
-                fitted, bias = compensate(moments, dense.weight, kept)
-            weight = torch.zeros_like(dense.weight)
-            weight[:, kept] = fitted.float()
-            output.weight = nn.Parameter(weight, requires_grad=False)
-            output.bias = nn.Parameter(bias.float(), requires_grad=False)
+        layer.left[kind] = [u for u in range(layer.units[kind]) if u not in gone]
+        if not gone:
+            output.weight, output.bias = dense.weight, dense.bias
+            return
+        kept = layer.columns(kind)
+        if self.settings.repair:
+            fitted, bias = repair(moments, dense.weight, kept, self.settings.damping)
+        else:
+            fitted, bias = compensate(moments, dense.weight, kept)
+        weight = torch.zeros_like(dense.weight)
+        weight[:, kept] = fitted.float()
+        output.weight = nn.Parameter(weight, requires_grad=False)
+        output.bias = nn.Parameter(bias.float(), requires_grad=False)
 
-    def _dense_output(self, index: int, kind: Kind) -> Projection:
-        block = self.dense.blocks[index]
-        return block.self_attn.o_proj if kind == "kv_groups" else block.mlp.down_proj
+    def _pull(
+        self,
+        index: int,
+        kind: Kind,
+        windows: Sequence[Batch],
+        hidden: list[Tensor],
+        inputs: list[Tensor],
+        whole: list[Tensor],
+    ) -> None:
+        """Let a re-fitted map also make up for what the layers below have lost: whole - (hidden + dense map)."""
+        layer, dense = self.layers[index], _output(self.dense.blocks[index], kind)
+        missing = [w - add_output(x, dense, z) for w, x, z in zip(whole, hidden, inputs, strict=True)]
+        kept, output = layer.columns(kind), layer.output(kind)
+        moments = sum_moments(windows, inputs, missing).moments()
+        weight, bias = correction(moments, kept, self.settings.pull, self.settings.pull_damping)
+        assert output.bias is not None
+        output.weight.data[:, kept] += weight.float()
+        output.bias.data += bias.float()
 
-    def _horizon(self, units: int, kind: Kind) -> int:
-        """How far ahead curves must reach: a layer may lose up to three times the average of a step, and some."""
-        share = self.settings.ratio / self.settings.steps
-        at_once = self.units[kind]
-        return at_once * (1 + -int(-min(0.9, 3 * share + 0.1) * units // at_once))
+    def _dense_step(self, index: int, kind: Kind, x: Tensor) -> Tensor:
+        """The dense model's residual stream [n, S, hidden] behind one of its sub-blocks."""
+        return add_output(x, _output(self.dense.blocks[index], kind), self._inputs(self.dense, index, kind, x))
+
+    def _is_last(self, ratio: float) -> bool:
+        return ratio * (1 + 1e-9) >= self.settings.ratio
+
+    def _horizon(self, layer: _Layer, kind: Kind, ratio: float) -> int:
+        """How far curves must reach for the next step: a layer may lose up to three times the average, and some."""
+        if self._is_last(ratio):
+            return 0
+        parcel, units = self.units[kind], layer.units[kind]
+        following = ratio + self.settings.ratio / self.settings.steps
+        return min(units - parcel, parcel * (1 + -int(-min(0.9, 3 * following + 0.1) * units // parcel)))
 
     def _removals(self, index: int, kind: Kind, weight: Tensor, moments: Moments, count: int) -> Removals:
-        """The next units to go, counted among those that are left."""
-        metric = self.metrics[index].attention if kind == "kv_groups" else self.metrics[index].ffn
-        if not self.settings.use_metric:  # error relative to what the sub-block adds
+        """The units to go, in order, and the loss that adds."""
+        if self.settings.use_metric:
+            metric = self.metrics[index].attention if kind == "kv_groups" else self.metrics[index].ffn
+        else:  # error relative to what the sub-block adds
             power = torch.einsum("oi,ij,oj->", weight.double(), moments.covariance, weight.double())
-            metric = torch.eye(len(metric), dtype=metric.dtype) / power
-        width = weight.shape[1] // len(self.layers[index].left[kind])
+            metric = torch.eye(len(weight), dtype=power.dtype) / power
+        width = weight.shape[1] // self.layers[index].units[kind]
         if self.settings.importance == "wifv":
             return wifv_removals(weight, moments.covariance, metric, width, count)
         damping, at_once = self.settings.damping, self.units[kind]
         return obs_removals(weight, moments.covariance, metric, width, count, at_once, damping)
 
-    def _moments(self, key: Key, inputs: list[Tensor], dense: Projection) -> Moments:
-        """Moments of a map's inputs, of this step and all before it, against the dense map's output of them."""
-        sums = sum_moments(self.batches, inputs)
+    def _sums(self, key: Key, windows: Sequence[Batch], inputs: list[Tensor]) -> MomentSums:
+        """Sums over a map's inputs, with those of earlier sweeps."""
+        sums = sum_moments(windows, inputs)
         if earlier := self.sums.get(key):
             sums.merge(earlier)
         if self.settings.steps > 1:
             self.sums[key] = sums
+        return sums
+
+    def _moments(self, sums: MomentSums, dense: Projection) -> Moments:
+        """Moments of a map's inputs against the dense map's output of them."""
         seen, weight = sums.moments(self.settings.within), dense.weight.double()
         mean = weight @ seen.mean if dense.bias is None else weight @ seen.mean + dense.bias.double()
         return Moments(seen.mean, seen.covariance, mean, weight @ seen.covariance)
 
-    def _inputs(self, block: Block, kind: Kind, x: Tensor) -> Tensor:
+    def _inputs(self, model: Llama, index: int, kind: Kind, x: Tensor) -> Tensor:
         """What o_proj or down_proj of a block reads."""
-        return attention_inputs(self.model, block, x) if kind == "kv_groups" else ffn_inputs(block, x)
+        block = model.blocks[index]
+        return attention_inputs(model, block, x) if kind == "kv_groups" else ffn_inputs(block, x)
 
-    def _metrics(self) -> tuple[LayerMetrics, ...]:
+    def _metrics(self, batches: Sequence[Batch]) -> tuple[LayerMetrics, ...]:
         report = self.report
         return output_metrics(
             self.model,
-            metric_windows(self.batches),
+            metric_windows(batches),
             self.settings.seed,
             (lambda done, total: report("sensitivity of the loss", done, total)) if report else None,
         )
+
+
+def _output(block: Block, kind: Kind) -> Projection:
+    """The map whose inputs are the units."""
+    return block.self_attn.o_proj if kind == "kv_groups" else block.mlp.down_proj
 
 
 def working_copy(model: Llama) -> Llama:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from eopc_compiler.assemble import Storage, load_tier, write_weights
+from eopc_compiler.board.rules import lists_for, require_allowed
+from eopc_compiler.board.tensorrt_graph import outline_for_tensorrt
 from eopc_compiler.calibration import CalibrationSet, Split, build_calibration, read_mixture, select_calibration
 from eopc_compiler.checkpoint import open_checkpoint, with_tensors
 from eopc_compiler.config import LlamaConfig
@@ -31,6 +33,7 @@ from eopc_compiler.ladder import Mask, full_mask, read_masks, tier_config
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.observations_file import load_observations, save_observations
 from eopc_compiler.planner import Objective, TierPlan, plan_ladder, plan_masks
+from eopc_compiler.proxies import compile_proxies
 from eopc_compiler.recover import RECOVERY_TOKENS, RecoverSettings, recover_ladder, training_windows
 from eopc_compiler.sequences import mean_loss
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_plan
@@ -322,6 +325,19 @@ def export_graphs(state: CompileState) -> CompileState:
     return replace(state, graphs=tuple(graphs))
 
 
+def check_operators(state: CompileState) -> CompileState:
+    """Hold every graph, as its TensorRT will get it, against what that version takes; weights are not read.
+
+    Raises:
+        RefusedGraphError: an operator breaks a rule; the message names it, the rule and the remedy.
+    """
+    assert state.dialect
+    if lists := lists_for(state.profile.name, state.dialect.name):
+        for index, graph in enumerate(state.graphs):
+            require_allowed(outline_for_tensorrt(graph, state.args.context), lists, f"t{index}")
+    return state
+
+
 PASSES: tuple[Pass, ...] = (
     load_checkpoint,
     choose_dialect,  # before any work: a precision the device cannot carry is refused here
@@ -334,8 +350,10 @@ PASSES: tuple[Pass, ...] = (
     store_weights,  # before graphs: they point into it
     repair_tiers,  # after storing: what rounding did is repaired too
     export_graphs,
+    check_operators,  # before staging: a refusal on the board would come too late to change the graph
     stage_bundle,  # before checks: what is checked is the bundle as it ships
     check_and_measure,  # parity gate, then perplexity through the runtime itself
+    compile_proxies,  # last: an export bug is cheaper to see in the parity gate
 )
 
 

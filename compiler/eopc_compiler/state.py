@@ -53,6 +53,7 @@ class BuildArgs:
     max_added_loss: float = 0.02  # nats per token that `--precision auto` may spend on the worst domain
     search_seconds: float = 30.0
     recover_minutes: float = 0.0  # of distilling the shared weights from the dense model
+    proxy: str = "ends"  # which tiers are compiled without a GPU: the largest and the smallest ("ends"), "all", "none"
     independent: bool = False  # every tier may have all its down_proj of its own
     calibration_windows: int = 12  # per domain
     calibration_length: int = 256  # tokens

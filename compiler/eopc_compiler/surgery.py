@@ -150,7 +150,8 @@ def obs_removals(
         step = float(torch.einsum("oi,ij,oj->", gone, torch.linalg.inv(inverse[columns][:, columns]), gone))
         errors += [total + step * (i + 1) / len(chosen) for i in range(len(chosen))]
         total += step
-        left, inverse = left - gone @ rows, inverse - inverse[:, columns] @ rows
+        left.addmm_(gone, rows, alpha=-1)
+        inverse.addmm_(inverse[:, columns], rows, alpha=-1)
         order += chosen.tolist()
         alive[chosen] = False
     return Removals(tuple(order), tuple(errors))
@@ -166,6 +167,17 @@ def repair(moments: Moments, weight: Tensor, kept: Tensor, damping: float = DAMP
     prior = weight.double()[:, kept]
     fitted = torch.linalg.solve(damped(part.covariance, damping), (part.cross + ridge * prior).t()).t()
     return fitted, moments.target_mean - fitted @ part.mean
+
+
+def correction(moments: Moments, kept: Tensor, share: float, damping: float) -> tuple[Tensor, Tensor]:
+    """What to add to a map so that it makes up for a `share` of a target it was not fitted to: weight and bias, fp64.
+
+    The target is an error that others have left, of which a map's own inputs tell little: it takes a stronger ridge,
+    here towards zero, than fitting the map itself.
+    """
+    part = moments.restricted(kept)
+    weight = share * torch.linalg.solve(damped(part.covariance, damping), part.cross.t()).t()
+    return weight, share * moments.target_mean - weight @ part.mean
 
 
 def compensate(moments: Moments, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

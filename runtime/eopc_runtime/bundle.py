@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from eopc_runtime.energy import ENERGY_SOURCES, EnergyTable, TierCost
@@ -217,6 +217,7 @@ class TierInfo:
     mask: str
     note: str
     parity: Mapping[str, object]
+    proxy: Mapping[str, object] = field(default_factory=dict)  # of a build by TensorRT-RTX, or why there was none
 
     @classmethod
     def from_fields(cls, fields: Fields) -> TierInfo:
@@ -237,6 +238,7 @@ class TierInfo:
             mask=fields.text("mask"),
             note=fields.text("note"),
             parity=fields.mapping("parity"),
+            proxy=fields.mapping("proxy") if "proxy" in fields else {},
         )
         fields.done()
         return tier

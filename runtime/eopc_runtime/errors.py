@@ -4,9 +4,12 @@ EopcError                 exit code 1 unless said otherwise
 ├── UsageError            the command line or an argument is malformed (exit 2 only where click says so)
 ├── BudgetError           a joule budget is malformed or cannot be met
 ├── DeviceError           unknown device, a profile that does not fit the request, or no power to read
-│   └── MeterLostError    a power meter stopped delivering while a window was open
+│   ├── MeterLostError    a power meter stopped delivering while a window was open
+│   ├── DeviceMemoryError a GPU has no memory left for what was asked
+│   └── DeviceLostError   a GPU stopped answering; nothing works on it until the process ends
 ├── ModelError            a checkpoint that cannot be read or is not supported
 ├── BundleError           a bundle that is missing, damaged, or of another schema
+│   └── EngineMismatchError   a TensorRT plan that was built for another machine, version or graph
 ├── PromptError           a prompt that cannot be run (empty, longer than the context)
 ├── ParityError           an exported graph that does not compute what the model computes
 └── MissingExtraError     an optional dependency is not installed; the message names the extra
@@ -35,12 +38,24 @@ class MeterLostError(DeviceError):
     """A power meter stopped delivering in an open window; what it measured so far cannot be relied on."""
 
 
+class DeviceMemoryError(DeviceError):
+    """A GPU has no memory left; the message says for what."""
+
+
+class DeviceLostError(DeviceError):
+    """A GPU stopped answering, or its context is corrupt: no call succeeds on it until the process ends."""
+
+
 class ModelError(EopcError):
     """The checkpoint cannot be read, or its architecture is not supported."""
 
 
 class BundleError(EopcError):
     """The bundle is missing, damaged, or written by another schema."""
+
+
+class EngineMismatchError(BundleError):
+    """A TensorRT plan does not fit this machine or bundle; the message names what differs and how to rebuild."""
 
 
 class PromptError(EopcError):
@@ -54,7 +69,7 @@ class ParityError(EopcError):
 class MissingExtraError(EopcError):
     """An optional dependency is not installed; the message gives the install line."""
 
-    def __init__(self, what: str, package: str, extra: str) -> None:
+    def __init__(self, what: str, package: str, extra: str, hint: str = "") -> None:
         super().__init__(
-            f'{what} needs the {extra} extra ({package} is not installed). Run: pip install "eopc[{extra}]"'
+            f'{what} needs the {extra} extra ({package} is not installed). Run: pip install "eopc[{extra}]"{hint}'
         )

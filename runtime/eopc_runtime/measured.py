@@ -142,7 +142,7 @@ class MeasuredEnergy:
 @cache
 def load_measured(device: str) -> MeasuredEnergy | None:
     """Return the measured energies shipped for the device of this name (no alias), None where there are none."""
-    entry = files("eopc_runtime").joinpath("_profiles", "measured", f"{device}.json")
+    entry = files("eopc_runtime") / "_profiles" / "measured" / f"{device}.json"
     return parse_measured(entry.read_text(encoding="utf-8"), device) if entry.is_file() else None
 
 

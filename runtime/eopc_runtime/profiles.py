@@ -4,7 +4,7 @@ A profile is one JSON file in `profiles/`. Every constant carries its unit, a ma
 `s` documented in a public source, `m` measured in public data (or fitted to it), `u` unconfirmed. A profile
 may be `based_on` another one and state only what it knows better; what it inherits is marked `u`, because a
 constant of one board is only a guess for the next. The rails of a board's power monitors, and which of them
-make its total, are part of the profile too (see power.rails).
+make its total, are part of the profile too (see power.rails), and so is what compiles engines for an NVIDIA device.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from eopc_runtime.prior_error import PriorError
 DIALECTS = ("primitive", "native")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 COMPUTE_DTYPES = ("float32", "float16")
+ENGINE_COMPILERS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 MARKS = {"s": "documented", "m": "measured or fitted to measurements", "u": "unconfirmed"}
 
 # The constants of the roofline prior (see energy.prior_energy) and the only unit each may be written in.
@@ -65,6 +66,21 @@ class Precision:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineTarget:
+    """What an NVIDIA device's engines are built with and for.
+
+    TensorRT builds on the device alone; TensorRT-RTX builds ahead of time, anywhere, for desktop cards. `proxy` is the
+    architecture that TensorRT-RTX compiles in place of the device's own: that one, or the nearest below that it knows.
+    """
+
+    compiler: str  # a key of ENGINE_COMPILERS
+    compute_capability: int  # 87 is SM 8.7
+    proxy: int
+    mark: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceProfile:
     """Everything eopc knows about a device; `dialects` is in order of preference.
 
@@ -86,6 +102,7 @@ class DeviceProfile:
     precisions: Mapping[str, Precision]
     constants: Mapping[str, Constant] = field(repr=False)
     rails: RailRule | None = None  # None: the device has no rails of its own to read
+    engine: EngineTarget | None = None  # None: no NVIDIA device, it runs ONNX
 
     def constant(self, name: str) -> float:
         """Return a constant in the unit of `CONSTANT_UNITS`."""
@@ -166,6 +183,7 @@ def parse_profile(text: str, name: str, others: Mapping[str, str]) -> DeviceProf
         precisions=MappingProxyType(precisions),
         constants=MappingProxyType(constants),
         rails=_rails(fields, name, parent),
+        engine=_engine(fields, parent),
     )
     fields.done()
     return profile
@@ -176,6 +194,23 @@ def _rails(fields: Fields, name: str, parent: DeviceProfile | None) -> RailRule 
     if "rails" not in fields:
         return inherited(parent.rails, name) if parent and parent.rails else None
     return None if fields.raw("rails") is None else read_rails(fields.child("rails"), name)
+
+
+def _engine(fields: Fields, parent: DeviceProfile | None) -> EngineTarget | None:
+    """The profile's own engine target, else that of the profile it is based on."""
+    if "engine" not in fields:
+        return parent.engine if parent else None
+    entry = fields.child("engine")
+    capability = entry.integer("compute_capability", minimum=10)
+    target = EngineTarget(
+        compiler=entry.text("compiler", choices=ENGINE_COMPILERS),
+        compute_capability=capability,
+        proxy=entry.integer("proxy", minimum=10) if "proxy" in entry else capability,
+        mark=entry.text("mark", choices=MARKS),
+        source=entry.text("source"),
+    )
+    entry.done()
+    return target
 
 
 def _parent(fields: Fields, others: Mapping[str, str]) -> DeviceProfile | None:

@@ -80,7 +80,7 @@ def sample(logits: FloatArray, history: Sequence[int], params: SamplingParams, r
 def _penalise(logits: FloatArray, history: Sequence[int], penalty: float) -> FloatArray:
     """Return a copy in which every token seen so far is less likely (divide above zero, multiply below)."""
     seen = np.unique(np.asarray(history, dtype=np.int64))
-    changed = logits.copy()
+    changed: FloatArray = logits.copy()
     values = changed[seen]
     changed[seen] = np.where(values > 0, values / penalty, values * penalty)
     return changed

@@ -34,6 +34,7 @@ from eopc_runtime.units import parse_energy
 if TYPE_CHECKING:
     from eopc_runtime.bundle import Bundle
     from eopc_runtime.runners.base import Logits, RunnerPool
+    from eopc_runtime.runners.choose import Chosen
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -179,6 +180,7 @@ class Session:
         self._clock, self._wall = clock, wall
         self._meter = meter
         self._guard = guard or Guard()
+        self.runner: Chosen | None = None  # how the pool was chosen, where `open` chose it
         self._count = 0
         self._template: ChatTemplate | None = None
 
@@ -188,26 +190,39 @@ class Session:
         path: str | Path,
         threads: int | None = None,
         *,
+        runner: str = "auto",
         verify: bool = True,
         meter: Meter | None = None,
         guard: Guard | None = None,
     ) -> Session:
-        """Open a bundle on this machine's CPU; tiers are loaded when they are first used.
+        """Open a bundle on this machine; tiers are loaded when they are first used.
 
-        Raises BundleError for a bundle that is missing or damaged, MissingExtraError without onnxruntime.
+        Args:
+            runner: auto takes the bundle's TensorRT engines where they fit this machine, else the CPU; see
+                `runners.choose.RUNNERS`.
+
+        Raises BundleError for a bundle that is missing or damaged, MissingExtraError without onnxruntime; with a
+        runner named, also what `runners.choose.open_pool` raises.
         """
         from eopc_runtime.bundle import Bundle
-        from eopc_runtime.runners.ort import OrtPool, import_onnxruntime
+        from eopc_runtime.runners.choose import open_pool
 
         bundle = Bundle.open(Path(path), verify=verify)
-        import_onnxruntime()  # say now, not at the first token, that it is missing
         tokenizer = Tokenizer.open(bundle.root / "tokenizer")
-        return cls(bundle, OrtPool(bundle, threads), tokenizer, meter=meter, guard=guard)
+        chosen = open_pool(bundle, runner, threads)
+        session = cls(bundle, chosen.pool, tokenizer, meter=meter, guard=guard)
+        session.runner = chosen
+        return session
 
     def use(self, *, meter: Meter | None = None, table: EnergyTable | None = None) -> None:
         """From the next sequence on, read this meter and charge these prices of the same ladder."""
         self._meter = meter or self._meter
         self.table = table or self.table
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the runner: why it is not another one, what it could not do."""
+        return self.runner.remarks if self.runner else ()
 
     def close(self) -> None:
         """Release the runners; a meter belongs to whoever opened it."""

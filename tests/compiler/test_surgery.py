@@ -12,6 +12,7 @@ from eopc_compiler.surgery import (
     Moments,
     MomentSums,
     compensate,
+    correction,
     damped,
     obs_removals,
     repair,
@@ -170,6 +171,18 @@ def test_repair_with_everything_kept_changes_nothing() -> None:
     fitted, bias = repair(moments, weight, torch.arange(INPUTS))
     torch.testing.assert_close(fitted, weight.double(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(bias, torch.full((OUTPUTS,), 3.0, dtype=torch.float64), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_correction_is_a_share_of_what_the_kept_inputs_tell(share: float) -> None:
+    """Of a target that the kept inputs determine, a correction with next to no ridge gives the asked share."""
+    x, weight = data()
+    kept = torch.arange(4, INPUTS)
+    target = x[:, kept] @ weight[:, kept].t() + 3.0
+    added, bias = correction(moments_of(x, target), kept, share, damping=1e-9)
+    assert torch.allclose(
+        x[:, kept].double() @ added.t() + bias, share * target.double(), atol=1e-4
+    )  # fp32 sums of terms near 20
 
 
 def test_compensation_keeps_columns_and_the_mean() -> None:

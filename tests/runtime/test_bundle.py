@@ -37,6 +37,7 @@ def tier_json(i, layers, ffn=64):
         "mask": f"tiers/t{i}/mask.json",
         "note": "",
         "parity": {"max_abs_logit_error": 1e-5},
+        "proxy": {"target": "sm86"},
     }
 
 
@@ -123,6 +124,15 @@ def test_a_well_formed_bundle_opens(bundle):
     assert opened.tier_index("t1") == 1
     assert opened.energy.tiers[1].step_j0 == 0.4
     assert opened.path("weights.bin") == bundle / "weights.bin"
+
+
+def test_a_tier_may_lack_what_older_bundles_have_not(bundle):
+    """A manifest from before proxy compiles opens all the same."""
+    manifest = manifest_of(bundle)
+    for tier in manifest["tiers"]:
+        del tier["proxy"]
+    write(bundle, manifest)
+    assert Bundle.open(bundle).manifest.tiers[0].proxy == {}
 
 
 def test_a_manifest_survives_its_json(bundle):

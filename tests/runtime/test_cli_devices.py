@@ -90,7 +90,7 @@ def test_all_devices_are_listed_without_a_name() -> None:
     """The JSON is the same as for one device, for each of them."""
     content = json.loads(eopc("devices", "--json").stdout)
     assert device("h100") in content["devices"]
-    assert len(content["devices"]) == 7
+    assert len(content["devices"]) == 9
     assert "eopc devices NAME" in eopc("devices").stdout
 
 

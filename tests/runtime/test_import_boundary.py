@@ -15,6 +15,8 @@ LATE = [
     "tensorrt",
     "tensorrt_rtx",
     "tensorrt_rtx_bindings",
+    "cuda",
+    "polygraphy",
     "pynvml",
 ]  # runners and meters import these when they open
 IMPORT_ALL = """
@@ -60,6 +62,11 @@ def test_every_board_module_imports_without_torch() -> None:
     blocked = [name for name in COMPILER_ONLY if name != "onnx"]
     done = import_all("eopc_compiler.board", [*blocked, *LATE], ROOT / "runtime", ROOT / "compiler")
     assert done.returncode == 0, done.stderr
+    assert {
+        "eopc_compiler.board.rules",
+        "eopc_compiler.board.tensorrt_graph",
+        "eopc_compiler.board.tensorrt_build",
+    } <= set(done.stdout.split())
 
 
 @pytest.mark.parametrize("line", ["import torch", "from transformers import AutoConfig", "import eopc_compiler"])

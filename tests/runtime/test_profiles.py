@@ -10,7 +10,7 @@ import pytest
 from eopc_runtime.errors import DeviceError
 from eopc_runtime.profiles import CONSTANT_UNITS, list_profiles, load_profile, parse_profile
 
-SHIPPED = ("cpu", "h100", "orin", "orin-nano", "orin-nx", "rtx-4090", "thor")
+SHIPPED = ("cpu", "h100", "orin", "orin-nano", "orin-nx", "rtx-3060", "rtx-4090", "rtx-5090", "thor")
 
 
 def shipped_texts():

@@ -15,7 +15,7 @@ exceed what one ONNX file holds into a file of their own in a workspace folder.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ STORED: dict[
     TensorProto.INT8: np.dtype(np.int8),
 }
 
+Join = Callable[[Sequence[Any], int, str], Any]  # constants, axis and name to one constant
+
 
 def prepare_for_tensorrt(
     bundle_root: Path, graph: Path, cache_len: int, workspace: Path | None = None
@@ -55,20 +57,36 @@ def prepare_for_tensorrt(
     Raises:
         BundleError: the file is no graph of a tier, or its joined constants need a workspace.
     """
+    path = bundle_root / graph
+    model = _rewritten(path, cache_len, lambda parts, axis, name: _joined(parts, axis, name, bundle_root))
+    if workspace is not None:
+        _move_out(model.graph, bundle_root, workspace)
+    _require_size(model, path)
+    return model
+
+
+def outline_for_tensorrt(path: Path, cache_len: int) -> onnx.ModelProto:
+    """The graph that `prepare_for_tensorrt` would give, its weights left out: no weights.bin is read or needed.
+
+    Joined constants have their type and shape, but name no place in a file. For checks of structure, not for loaders.
+
+    Raises:
+        BundleError: the file is no graph of a tier.
+    """
+    return _rewritten(path, cache_len, _outlined)
+
+
+def _rewritten(path: Path, cache_len: int, join: Join) -> onnx.ModelProto:
     if cache_len < 2:
         raise ValueError(f"an engine needs at least two cache slots, not {cache_len}")
-    path = bundle_root / graph
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf and onnx raise many types; none means anything to a user
         raise BundleError(f"{path} is not a readable ONNX file ({error}). Build the bundle again.") from error
     _fix_dimension(model.graph, cache_len, path)
-    _join_constants(model.graph, bundle_root)
+    _join_constants(model.graph, join)
     _dequantize_before_gather(model.graph)
     _drop_unused_initializers(model.graph)
-    if workspace is not None:
-        _move_out(model.graph, bundle_root, workspace)
-    _require_size(model, path)
     return model
 
 
@@ -84,7 +102,7 @@ def _fix_dimension(graph: Any, cache_len: int, path: Path) -> None:
         raise BundleError(f"{path} has no dimension {CACHE_LEN!r}; expected the graph of a tier with KV caches.")
 
 
-def _join_constants(graph: Any, bundle_root: Path) -> None:
+def _join_constants(graph: Any, join: Join) -> None:
     """Replace every Concat whose inputs are all constants by one constant that lies in the graph itself."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in list(graph.node):
@@ -94,11 +112,23 @@ def _join_constants(graph: Any, bundle_root: Path) -> None:
         if any(part.data_type not in STORED and _is_external(part) for part in parts):
             continue
         axis = next(a.i for a in node.attribute if a.name == "axis")
-        joined = np.concatenate([_read(part, bundle_root) for part in parts], axis)
-        tensor = onnx.numpy_helper.from_array(joined, node.output[0])
+        tensor = join(parts, axis, node.output[0])
         graph.initializer.append(tensor)
         constants[tensor.name] = tensor  # a Concat of Concats folds as well
         graph.node.remove(node)
+
+
+def _joined(parts: Sequence[Any], axis: int, name: str, bundle_root: Path) -> Any:
+    values = np.concatenate([_read(part, bundle_root) for part in parts], axis)
+    return onnx.numpy_helper.from_array(values, name)
+
+
+def _outlined(parts: Sequence[Any], axis: int, name: str) -> Any:
+    if not any(_is_external(part) for part in parts):  # shapes, which type inference wants to see
+        return _joined(parts, axis, name, Path())
+    dims = list(parts[0].dims)
+    dims[axis] = sum(part.dims[axis] for part in parts)
+    return TensorProto(name=name, data_type=parts[0].data_type, dims=dims, data_location=TensorProto.EXTERNAL)
 
 
 def _is_external(tensor: Any) -> bool:

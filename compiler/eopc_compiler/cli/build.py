@@ -12,6 +12,7 @@ import click
 
 from eopc_runtime.cli.output import Progress, format_bytes, print_json, print_table
 from eopc_runtime.errors import UsageError
+from eopc_runtime.profiles import load_profile
 from eopc_runtime.units import format_energy, parse_budgets
 
 if TYPE_CHECKING:
@@ -64,6 +65,14 @@ PRECISIONS = ("auto", "fp32", "fp16", "int8", "int4")
     help="Distil the weights that all tiers share from the dense model for that long.",
 )
 @click.option(
+    "--proxy",
+    type=click.Choice(["ends", "all", "none"]),
+    default="ends",
+    show_default=True,
+    help="Tiers that TensorRT-RTX, where installed, compiles to prove that their graphs build: the largest and the "
+    "smallest, all, or none.",
+)
+@click.option(
     "--independent", is_flag=True, help="Repaired matrices of every tier's own, without the limit on shared bytes."
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the calibration draw and of the search.")
@@ -85,6 +94,7 @@ def build(
     context: int,
     search_seconds: float,
     recover_minutes: float,
+    proxy: str,
     independent: bool,
     seed: int,
     dry_run: bool,
@@ -114,6 +124,7 @@ def build(
         context=context,
         search_seconds=search_seconds,
         recover_minutes=recover_minutes,
+        proxy=proxy,
         independent=independent,
         seed=seed,
         dry_run=dry_run,
@@ -168,6 +179,9 @@ def next_steps(output: Path, device: str, dry_run: bool) -> list[str]:
     if dry_run:
         return [f"plan written to {output / 'plan.json'}; without --dry-run the same command builds it"]
     lines = [f'try it here: eopc run {output} --prompt "What is the capital of France?" --budget 10J']
+    if engine := load_profile(device).engine:
+        where = "" if engine.compiler == "tensorrt_rtx" else "on the device, "
+        lines.append(f"engines: {where}eopc engine {output}")
     if device != "cpu":
         lines.append("joules are prior estimates for the device; the CPU runs the same graphs, slower")
     return lines

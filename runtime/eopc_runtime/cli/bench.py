@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from eopc_runtime.cli.machine import machine_info, peak_rss_bytes, usable_cores, versions
+from eopc_runtime.cli.meters import runner_name
 from eopc_runtime.cli.output import Progress, format_bytes, print_json, print_table
+from eopc_runtime.cli.runners import runner_option, show_notes
 
 if TYPE_CHECKING:
     from eopc_runtime.session import Session
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Timed runs after one to warm up.",
 )
+@runner_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: onnxruntime's choice]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(
@@ -40,6 +43,7 @@ def bench(
     prompt_tokens: int,
     new_tokens: int,
     runs: int,
+    runner: str,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -58,14 +62,14 @@ def bench(
             "lower --prompt-tokens or --new-tokens."
         )
     names = [info.tier for info in manifest.tiers] if tier is None else [opened.tier(tier).tier]
-    shared = (bundle, prompt_tokens, new_tokens, runs, threads)
+    shared = (bundle, prompt_tokens, new_tokens, runs, threads, runner)
     rows = [_bench_here(names[0], *shared)] if len(names) == 1 else [_bench_child(n, *shared) for n in names]
     if not as_json:
         click.echo(
             f"{manifest.model.name} {manifest.precision} for {manifest.device}: "
             f"{prompt_tokens} + {new_tokens} tokens, median of {runs}"
         )
-        click.echo(f"{machine_info()['cpu']}, {threads or usable_cores()} threads, {_shown_versions()}")
+        click.echo(f"{machine_info()['cpu']}; {rows[0]['runner']}; {_shown_versions()}")
         print_table(
             ("tier", "prefill tokens/s", "decode tokens/s", "first token", "peak memory"),
             [_shown(r) for r in rows],
@@ -126,20 +130,24 @@ def bench_tier(
 
 
 def _bench_here(
-    name: str, bundle: str, prompt_tokens: int, new_tokens: int, runs: int, threads: int | None
+    name: str, bundle: str, prompt_tokens: int, new_tokens: int, runs: int, threads: int | None, runner: str
 ) -> dict[str, Any]:
     from eopc_runtime.session import Session
 
-    with Session.open(bundle, threads=threads, verify=False) as session:
-        return bench_tier(session, name, prompt_tokens, new_tokens, runs)
+    with Session.open(bundle, threads=threads, runner=runner, verify=False) as session:
+        row = bench_tier(session, name, prompt_tokens, new_tokens, runs)
+        row["runner"] = runner_name(threads, session.runner)
+        show_notes(session.notes)
+    return row
 
 
 def _bench_child(
-    name: str, bundle: str, prompt_tokens: int, new_tokens: int, runs: int, threads: int | None
+    name: str, bundle: str, prompt_tokens: int, new_tokens: int, runs: int, threads: int | None, runner: str
 ) -> dict[str, Any]:
     """Run `eopc bench` for one tier in a fresh process; its messages appear on our stderr."""
     command = [sys.executable, "-m", "eopc_runtime.cli", "bench", bundle, "--json", "--tier", name]
     command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens), "--runs", str(runs)]
+    command += ["--runner", runner]
     command += ["--threads", str(threads)] if threads else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import click
 
 from eopc_runtime.cli.meters import meter_options
 from eopc_runtime.cli.output import Progress, print_json, print_table
+from eopc_runtime.cli.runners import runner_option, show_notes
 
 if TYPE_CHECKING:
     from eopc_runtime.calibration.calibrate import Outcome
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     metavar="C",
     help="Pause above it. [default: 5 C below the device's own limits]",
 )
+@runner_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: onnxruntime's choice]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which lengths, and in which order.")
 @click.option("--no-resume", is_flag=True, help="Measure everything anew, also what an interrupted run has measured.")
@@ -72,6 +75,7 @@ def calibrate(
     new_range: str,
     seconds_per_window: float | None,
     max_temperature: float | None,
+    runner: str,
     threads: int | None,
     patience: float,
     seed: int,
@@ -91,12 +95,12 @@ def calibrate(
     from eopc_runtime.cli.machine import cpu_model
     from eopc_runtime.cli.meters import open_meter_for, runner_name
     from eopc_runtime.power.base import MEASURED
-    from eopc_runtime.runners.ort import OrtPool, import_onnxruntime
+    from eopc_runtime.runners.choose import open_pool
 
-    import_onnxruntime()
     bundle = Bundle.open(path)
     progress = Progress()
-    with open_meter_for(bundle, meter, proxy_w) as opened:
+    chosen = open_pool(bundle, runner, threads)
+    with closing(chosen.pool) as pool, open_meter_for(bundle, meter, proxy_w, on_gpu=chosen.on_gpu) as opened:
         measuring = opened.sensor.source == MEASURED
         settings = Settings(
             plan=make_plan(prompt_range, new_range, seed, measuring=measuring, **numbers),
@@ -106,15 +110,13 @@ def calibrate(
             patience_s=60 * patience,
             resume=not no_resume,
         )
-        pool = OrtPool(bundle, threads)
-        rig = Rig(pool, runner_name(threads), opened, module=cpu_model(), show=progress.update, tell=progress.done)
+        name = runner_name(threads, chosen)
+        rig = Rig(pool, name, opened, module=cpu_model(), show=progress.update, tell=progress.done)
         progress.done(settings_line(rig, settings, bundle.root.name))
-        for remark in opened.sensor.remarks:
+        for remark in (*chosen.notes, *opened.sensor.remarks):
             progress.done(remark)
-        try:
-            outcome = run_calibration(bundle, rig, settings)
-        finally:
-            pool.close()
+        outcome = run_calibration(bundle, rig, settings)
+        show_notes(tuple(note for note in chosen.remarks if note not in chosen.notes))
     if as_json:
         print_json(describe(outcome))
     else:

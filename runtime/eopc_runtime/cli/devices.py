@@ -65,9 +65,13 @@ def _print_list(profiles: tuple[DeviceProfile, ...]) -> None:
 
 def _print_one(profile: DeviceProfile) -> None:
     """Write the constants of a device's prior, and how far it was off."""
+    from eopc_runtime.profiles import ENGINE_COMPILERS
+
     click.echo(f"{profile.name}: {profile.description}{_aliases(profile)}")
     for note in profile.notes:
         click.echo(f"  {note}")
+    if profile.engine:
+        click.echo(f"  engines: {ENGINE_COMPILERS[profile.engine.compiler]} for SM{profile.engine.compute_capability}")
     click.echo()
     rows = [(name, c) for name, c in profile.constants.items()]
     for name, precision in profile.precisions.items():
@@ -110,6 +114,7 @@ def describe(profile: DeviceProfile) -> dict[str, Any]:
         "precisions": {name: asdict(precision) for name, precision in profile.precisions.items()},
         "constants": {name: asdict(constant) for name, constant in profile.constants.items()},
         "rails": asdict(profile.rails) if profile.rails else None,
+        "engine": asdict(profile.engine) if profile.engine else None,
         "notes": list(profile.notes),
     }
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,35 +23,10 @@ from eopc_runtime.cli.machine import (
     versions,
 )
 from eopc_runtime.cli.output import format_bytes, print_json
+from eopc_runtime.gpu_probe import probe_gpu
 
 if TYPE_CHECKING:
     from eopc_runtime.power.probe import Surroundings
-
-_GPU_TIMEOUT_S = 30
-
-# Runs in a child: a driver that hangs or crashes then costs a line in the report, not the report.
-_GPU_PROBE = """
-import ctypes, json
-cuda = ctypes.CDLL("libcuda.so.1")
-code = cuda.cuInit(0)
-out = {"init": code, "devices": []}
-version, count = ctypes.c_int(), ctypes.c_int()
-if code == 0:
-    cuda.cuDriverGetVersion(ctypes.byref(version))
-    cuda.cuDeviceGetCount(ctypes.byref(count))
-out["driver"] = f"{version.value // 1000}.{version.value % 1000 // 10}"
-for i in range(count.value):
-    device, name, size = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    cuda.cuDeviceGet(ctypes.byref(device), i)
-    cuda.cuDeviceGetName(name, 256, device)
-    cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
-    sm = f"{major.value}.{minor.value}"
-    out["devices"].append({"name": name.value.decode(), "sm": sm, "memory_bytes": size.value})
-print(json.dumps(out))
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,17 +103,13 @@ def software_checks() -> list[Check]:
 
 def gpu_check(probe: Callable[[], str] | None = None) -> Check:
     """Return the CUDA devices the driver reports (cuInit, in a child process)."""
-    fix = "No CUDA driver answers. The CPU runs bundles; for TensorRT install NVIDIA's driver (or JetPack)."
-    try:
-        report = json.loads((probe or _probe_gpu)())
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return Check("gpu", None, fix)
-    if report["init"] != 0 or not report["devices"]:
-        return Check("gpu", None, f"{fix} (cuInit returned {report['init']})")
+    report = probe_gpu(probe)
+    if not report.devices:
+        return Check("gpu", None, report.missing)
     names = [
-        f"{device['name']} (sm {device['sm']}, {format_bytes(device['memory_bytes'])})" for device in report["devices"]
+        f"{gpu.name} (sm {gpu.compute_capability / 10:.1f}, {format_bytes(gpu.memory_bytes)})" for gpu in report.devices
     ]
-    return Check("gpu", f"{', '.join(names)}, driver for CUDA {report['driver']}")
+    return Check("gpu", f"{', '.join(names)}, driver for CUDA {report.driver}")
 
 
 def nvpmodel_check(root: Path) -> Check:
@@ -255,10 +224,3 @@ def _tensorrt() -> tuple[str | None, str | None]:
         "On Jetson it comes with JetPack (sudo apt install nvidia-jetpack; make the venv with "
         '--system-site-packages). Elsewhere: pip install "eopc[tensorrt]"'
     )
-
-
-def _probe_gpu() -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", _GPU_PROBE], capture_output=True, text=True, timeout=_GPU_TIMEOUT_S, check=True
-    )
-    return done.stdout

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from eopc_runtime.cli.output import Progress, print_json, print_table
+from eopc_runtime.cli.runners import runner_option, show_notes
 
 if TYPE_CHECKING:
     from eopc_runtime.runners.base import Logits, TierRunner
@@ -26,6 +27,7 @@ _PART = 512
 @click.option("--tier", metavar="TIER", help="Only this tier. [default: all]")
 @click.option("--ctx", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens per window.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Use only this many tokens of the text.")
+@runner_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: onnxruntime's choice]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
@@ -34,6 +36,7 @@ def evaluate(
     tier: str | None,
     ctx: int,
     max_tokens: int | None,
+    runner: str,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -46,13 +49,14 @@ def evaluate(
     from eopc_runtime.errors import UsageError
     from eopc_runtime.session import Session
 
-    with Session.open(bundle, threads=threads) as session:
+    with Session.open(bundle, threads=threads, runner=runner) as session:
         if ctx > session.context:
             raise UsageError(f"--ctx {ctx} is larger than this bundle's context of {session.context}; lower it.")
         names = session.tiers if tier is None else (session.bundle.tier(tier).tier,)
         windows = cut_windows(session.tokenizer.encode(_read(Path(text)))[:max_tokens], ctx)
         progress = Progress()
         rows = [evaluate_tier(session, name, windows, progress) for name in names]
+        show_notes(session.notes)
     if as_json:
         print_json({"bundle": bundle, "text": text, "ctx": ctx, "tiers": rows})
     else:

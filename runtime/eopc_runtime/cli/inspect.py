@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from eopc_runtime.cli.output import format_bytes, print_json, print_table
+from eopc_runtime.profiles import ENGINE_COMPILERS
 
 if TYPE_CHECKING:
     from eopc_runtime.bundle import Bundle, TierInfo
     from eopc_runtime.energy import EnergyTable
+    from eopc_runtime.engines import EngineRecord
 
 
 @click.command()
 @click.argument("path", metavar="BUNDLE", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(path: str, as_json: bool) -> None:
-    """Show the tiers and files of BUNDLE, and verify every file's size and sha256.
+    """Show the tiers, files and engines of BUNDLE, and verify every file's size and sha256.
 
     Exits with 1 and the reason when a file is missing or damaged.
     """
     from eopc_runtime.bundle import Bundle
+    from eopc_runtime.engines import verify_engines
 
     bundle = Bundle.open(path, verify=True)
+    engines = verify_engines(bundle)
     if as_json:
-        print_json(describe(bundle))
+        print_json(describe(bundle, engines))
     else:
         _print(bundle)
+        _print_engines(engines)
 
 
-def describe(bundle: Bundle) -> dict[str, Any]:
-    """Return the JSON object of `eopc inspect --json`; the bundle was verified when it was opened."""
+def describe(bundle: Bundle, engines: Mapping[str, tuple[EngineRecord, ...]]) -> dict[str, Any]:
+    """Return the JSON object of `eopc inspect --json`; bundle and engines are verified already."""
     manifest = bundle.manifest
     prices = {tier.tier: asdict(tier) for tier in bundle.energy.tiers}
     return {
@@ -56,6 +62,9 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         },
         "tiers": [{**asdict(tier), "prices": prices[tier.tier]} for tier in manifest.tiers],
         "files": [asdict(entry) for entry in manifest.files],
+        "engines": [
+            {"key": key, **asdict(record), "target": record.target} for key, rows in engines.items() for record in rows
+        ],
         "eopc_version": manifest.eopc_version,
         "tools": dict(manifest.tools),
         "seed": manifest.seed,
@@ -102,6 +111,28 @@ def _print(bundle: Bundle) -> None:
     print_table(("file", "size", "sha256"), [(f.path, format_bytes(f.bytes), f.sha256[:12]) for f in manifest.files])
     total = sum(entry.bytes for entry in manifest.files)
     click.echo(f"{len(manifest.files)} files, {format_bytes(total)}, all verified")
+
+
+def _print_engines(engines: Mapping[str, tuple[EngineRecord, ...]]) -> None:
+    """Write a table per set of engines, all verified."""
+    for key, records in engines.items():
+        built = records[0].fingerprint if records else None
+        what = f", {ENGINE_COMPILERS[built.compiler]} {built.version} for {records[0].target}" if built else ""
+        click.echo(f"\nengines {key}{what}")
+        print_table(
+            ("engine", "layers", "attention", "cache", "prompt", "size"),
+            [
+                (
+                    r.file or f"{r.tier} {r.phase} (proxy, not kept)",
+                    str(r.layers),
+                    f"{r.attention_layers}{' + plain' if r.decomposed_attention else ''}",
+                    str(r.cache_len),
+                    str(r.max_prompt_tokens),
+                    format_bytes(r.bytes),
+                )
+                for r in records
+            ],
+        )
 
 
 def _calibrated(energy: EnergyTable) -> str:

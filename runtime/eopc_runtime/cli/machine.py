@@ -63,8 +63,8 @@ def usable_cores() -> int:
 
 
 def memory_bytes(root: Path = Path("/")) -> dict[str, int | None]:
-    """Return MemTotal and MemAvailable in bytes, None where /proc does not tell."""
-    found: dict[str, int | None] = {"MemTotal": None, "MemAvailable": None}
+    """Return MemTotal, MemAvailable and SwapFree in bytes, None where /proc does not tell."""
+    found: dict[str, int | None] = {"MemTotal": None, "MemAvailable": None, "SwapFree": None}
     for line in (read_text(root / "proc/meminfo") or "").splitlines():
         key, _, value = line.partition(":")
         if key in found:

@@ -38,6 +38,7 @@ COMMANDS = {
     "eval": Entry("eopc_runtime.cli.evaluate", "evaluate", "Measure the perplexity of a bundle's tiers."),
     "bench": Entry("eopc_runtime.cli.bench", "bench", "Measure the speed and memory of a bundle's tiers."),
     "prune": Entry("eopc_compiler.cli.prune", "prune", "Prune a model into a smaller checkpoint for other tools."),
+    "engine": Entry("eopc_compiler.cli.engine", "engine", "Compile a bundle's tiers into TensorRT engines."),
     "calibrate": Entry("eopc_runtime.cli.calibrate", "calibrate", "Measure a bundle's prices on this device."),
     "validate": Entry("eopc_runtime.cli.validate", "validate", "Compare predicted with measured joules."),
     "energy": Entry("eopc_runtime.cli.energy", "energy", "Measure, model and predict joules."),
@@ -55,6 +56,7 @@ EXTRAS = {
     ),
     **dict.fromkeys(("accelerate", "eopc_compiler"), "compiler"),
     **dict.fromkeys(("tensorrt", "polygraphy"), "tensorrt"),
+    **dict.fromkeys(("tensorrt_rtx_bindings",), "tensorrt-rtx"),
 }
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from eopc_runtime.power.base import Meter
     from eopc_runtime.power.probe import Surroundings
     from eopc_runtime.provenance import Identity
+    from eopc_runtime.runners.choose import Chosen
 
 METER_NAMES = ("auto", "ina3221", "tegrastats", "nvml", "rapl", "proxy")
 
@@ -40,11 +41,12 @@ def open_meter_for(
     proxy_w: float | None = None,
     *,
     measuring: bool = False,
+    on_gpu: bool = False,
     around: Surroundings | None = None,
 ) -> Meter:
-    """Open a meter that sees the work of a bundle's tiers, which run on the CPU; `measuring`: auto takes no proxy.
+    """Open a meter that sees the work of a bundle's tiers; `measuring`: auto takes no proxy.
 
-    NVML is passed over: it reads a GPU, which would idle. DeviceError says what is missing.
+    NVML is passed over unless they run `on_gpu`: it reads a GPU, which would idle. DeviceError says what is missing.
     """
     from dataclasses import replace
 
@@ -57,7 +59,9 @@ def open_meter_for(
     watts = proxy_w if proxy_w is not None else assumed_watts(bundle)
     if measuring and name == "auto":
         watts = None
-    around = replace(around or Surroundings(), import_nvml=no_nvml, proxy_w=watts)
+    around = replace(around or Surroundings(), proxy_w=watts)
+    if not on_gpu:
+        around = replace(around, import_nvml=no_nvml)
     if name != "auto":
         return open_meter(name, around)
     choice = choose_meter(around)
@@ -71,7 +75,9 @@ def open_meter_for(
     )
 
 
-def meter_of_run(bundle: Bundle, name: str | None, budget: bool, proxy_w: float | None = None) -> Meter | None:
+def meter_of_run(
+    bundle: Bundle, name: str | None, budget: bool, proxy_w: float | None = None, *, on_gpu: bool = False
+) -> Meter | None:
     """Return the meter that corrects a running sequence, or None.
 
     Without a name it is the one that measures here, if there is one and a budget to keep. DeviceError when one was
@@ -87,7 +93,7 @@ def meter_of_run(bundle: Bundle, name: str | None, budget: bool, proxy_w: float 
             "Leave out --meter proxy."
         )
     try:
-        return open_meter_for(bundle, name or "auto", proxy_w, measuring=True)
+        return open_meter_for(bundle, name or "auto", proxy_w, measuring=True, on_gpu=on_gpu)
     except DeviceError:
         if name is not None:
             raise
@@ -95,7 +101,7 @@ def meter_of_run(bundle: Bundle, name: str | None, budget: bool, proxy_w: float 
 
 
 def prices_here(
-    bundle: Bundle, threads: int | None, rails: Sequence[str] | None, strict: bool
+    bundle: Bundle, threads: int | None, rails: Sequence[str] | None, strict: bool, chosen: Chosen | None = None
 ) -> tuple[EnergyTable, str | None]:
     """Return the prices for this device in its present power mode, and a warning where they are of another.
 
@@ -107,7 +113,7 @@ def prices_here(
     if table.calibration is None and not table.other_modes:
         return table, None
     try:
-        return table.on(identity_here(bundle, threads, rails)), None
+        return table.on(identity_here(bundle, threads, rails, chosen)), None
     except DeviceError as error:
         if strict:
             raise
@@ -126,14 +132,18 @@ def assumed_watts(bundle: Bundle) -> float | None:
     return profile.constant("idle_w") if profile.energy_source == "proxy" else None
 
 
-def runner_name(threads: int | None) -> str:
+def runner_name(threads: int | None, chosen: Chosen | None = None) -> str:
     """Return what executes the tiers here: prices of another version or number of threads are other prices."""
+    if chosen is not None and chosen.on_gpu:
+        return chosen.version
     from eopc_runtime.cli.machine import installed, usable_cores
 
     return f"onnxruntime {installed('onnxruntime', 'onnxruntime-gpu')}, {threads or usable_cores()} threads"
 
 
-def identity_here(bundle: Bundle, threads: int | None, rails: Sequence[str] | None = None) -> Identity:
+def identity_here(
+    bundle: Bundle, threads: int | None, rails: Sequence[str] | None = None, chosen: Chosen | None = None
+) -> Identity:
     """Return the identity of this machine with the runner that `eopc run` uses, and the rails of an open meter."""
     from eopc_runtime.calibration.conditions import Place, read_conditions
     from eopc_runtime.calibration.identity import find_identity, fingerprint
@@ -143,7 +153,7 @@ def identity_here(bundle: Bundle, threads: int | None, rails: Sequence[str] | No
     return find_identity(
         place,
         read_conditions(place),
-        runner=runner_name(threads),
+        runner=runner_name(threads, chosen),
         engine=fingerprint(bundle.manifest),
         rails=rails,
         module=cpu_model(),

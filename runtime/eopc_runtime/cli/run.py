@@ -10,6 +10,7 @@ import click
 
 from eopc_runtime.cli.meters import meter_options
 from eopc_runtime.cli.output import print_json
+from eopc_runtime.cli.runners import runner_option, show_notes
 
 if TYPE_CHECKING:
     from eopc_runtime.sampling import SamplingParams
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
 @click.option(
     "--log", type=click.Path(path_type=Path), metavar="FILE", help="Append times and joules to it, for `eopc validate`."
 )
+@runner_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: onnxruntime's choice]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 def run(
@@ -87,6 +89,7 @@ def run(
     meter: str | None,
     proxy_w: float | None,
     log: Path | None,
+    runner: str,
     threads: int | None,
     as_json: bool,
     **sampling: Any,
@@ -107,12 +110,14 @@ def run(
     params = _sampling_params(**sampling)
     budget_j = None if budget is None else parse_energy(budget)
     with ExitStack() as stack:
-        session = stack.enter_context(Session.open(bundle, threads=threads))
-        opened = meter_of_run(session.bundle, meter, budget_j is not None, proxy_w)
+        session = stack.enter_context(Session.open(bundle, threads=threads, runner=runner))
+        chosen = session.runner
+        on_gpu = chosen is not None and chosen.on_gpu
+        opened = meter_of_run(session.bundle, meter, budget_j is not None, proxy_w, on_gpu=on_gpu)
         if opened is not None:
             stack.enter_context(opened)
         rails = None if opened is None else opened.sensor.rails
-        table, warning = prices_here(session.bundle, threads, rails, strict)
+        table, warning = prices_here(session.bundle, threads, rails, strict, chosen)
         session.use(meter=opened, table=table)
         messages = None
         if system is not None:
@@ -135,6 +140,8 @@ def run(
         result = generation.result
         if log is not None:
             append_record(log, SequenceRecord.of(generation, table, fingerprint(session.bundle.manifest)))
+        notes = session.notes
+    show_notes(notes)
     if warning:
         click.echo(f"Warning: {warning}", err=True)
     if as_json:

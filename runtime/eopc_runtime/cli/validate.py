@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import click
 
 from eopc_runtime.cli.meters import meter_options
 from eopc_runtime.cli.output import Progress, print_json, print_table
+from eopc_runtime.cli.runners import runner_option
 
 if TYPE_CHECKING:
     from eopc_runtime.bundle import Bundle
@@ -63,6 +65,7 @@ class Report:
 @click.option("--board", metavar="B", help="Read the log by this board's rails. [default: by the rails that are there]")
 @meter_options("auto", text="Live: what measures the energy. [default: auto]")
 @click.option("--sequences", type=click.IntRange(min=1), default=20, show_default=True, help="Live: how many to run.")
+@runner_option
 @click.option("--threads", type=click.IntRange(min=1), help="Live: CPU threads. [default: onnxruntime's choice]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Live: which plans and lengths.")
 @click.option(
@@ -147,6 +150,7 @@ def live(
     meter: str,
     proxy_w: float | None,
     sequences: int,
+    runner: str,
     threads: int | None,
     seed: int,
     **_: Any,
@@ -154,21 +158,17 @@ def live(
     """Run random sequences and measure them."""
     from eopc_runtime.calibration.contention import QUIET_SHARE
     from eopc_runtime.cli.meters import identity_here, open_meter_for
-    from eopc_runtime.runners.ort import OrtPool, import_onnxruntime
+    from eopc_runtime.runners.choose import open_pool
     from eopc_runtime.validation.live import draw_sequences, lengths_of, run_sequences
 
-    import_onnxruntime()
     progress = Progress()
-    with open_meter_for(bundle, meter, proxy_w) as opened:
-        table = bundle.energy.on(identity_here(bundle, threads, opened.sensor.rails))
+    chosen = open_pool(bundle, runner, threads)
+    with closing(chosen.pool) as pool, open_meter_for(bundle, meter, proxy_w, on_gpu=chosen.on_gpu) as opened:
+        table = bundle.energy.on(identity_here(bundle, threads, opened.sensor.rails, chosen))
         draws = draw_sequences(lengths_of(table, bundle.manifest.context), len(table.tiers), sequences, seed)
-        pool = OrtPool(bundle, threads)
-        try:
-            checked = run_sequences(bundle, table, pool, opened, draws, show=progress.update, seed=seed)
-        finally:
-            pool.close()
+        checked = run_sequences(bundle, table, pool, opened, draws, show=progress.update, seed=seed)
         name = f"{opened.sensor.name} ({' + '.join(opened.sensor.rails)})"
-        notes = list(opened.sensor.remarks)
+        notes = [*chosen.remarks, *opened.sensor.remarks]
     disturbed = sum((item.others_share or 0.0) > QUIET_SHARE for item in checked)
     if disturbed:
         notes.append(f"during {disturbed} of {len(checked)} sequences other processes used the CPU")

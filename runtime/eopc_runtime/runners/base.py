@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from eopc_runtime.errors import PromptError
+
+if TYPE_CHECKING:
+    from eopc_runtime.bundle import LayerInfo
 
 Logits = npt.NDArray[np.float32]  # [n, vocab]
 Wanted = Literal["last", "all", "none"]
@@ -77,3 +80,19 @@ def check_room(length: int, count: int, context: int) -> None:
             f"{length + count} tokens do not fit this bundle's context of {context}. "
             f"Shorten the prompt, or build with a larger --context."
         )
+
+
+def adoption(upper: Sequence[LayerInfo], lower: Sequence[LayerInfo]) -> list[tuple[int, int]]:
+    """For every layer of the lower tier: the index of its source layer in the upper tier, and the heads to keep.
+
+    Raises:
+        ValueError: the lower tier is not nested in the upper one.
+    """
+    where = {layer.source_layer: i for i, layer in enumerate(upper)}
+    rows = []
+    for layer in lower:
+        i = where.get(layer.source_layer)
+        if i is None or layer.kv_heads > upper[i].kv_heads:
+            raise ValueError("a cache can only be handed down the ladder")
+        rows.append((i, layer.kv_heads))
+    return rows

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eopc_runtime.bundle import Bundle, LayerInfo, Manifest, TierInfo
+from eopc_runtime.bundle import Bundle, Manifest, TierInfo
 from eopc_runtime.errors import BundleError, MissingExtraError
 from eopc_runtime.memory import release_memory
-from eopc_runtime.runners.base import Logits, Wanted, causal_mask, check_room
+from eopc_runtime.runners.base import Logits, Wanted, adoption, causal_mask, check_room
 
 GROWTH = 128  # slots a cache grows by; each growth copies the used part once
 PREFILL_CHUNK = 256  # tokens; attention of a chunk reads the cache up to its end only, so causality saves work
@@ -36,8 +36,8 @@ class OrtCache:
     tier: str
     length: int
     capacity: int
-    keys: list[npt.NDArray[Any]]  # onnxruntime binds the arrays' own memory
-    values: list[npt.NDArray[Any]]
+    keys: list[Any]  # arrays whose own memory onnxruntime binds; OrtValues on a GPU
+    values: list[Any]
     decode_binding: Any = None  # reused from step to step while the buffers stay the same
 
     @property
@@ -48,8 +48,18 @@ class OrtCache:
 class OrtTier:
     """One tier in ONNX Runtime on the CPU."""
 
-    def __init__(self, bundle: Bundle, info: TierInfo, threads: int | None = None, exact: bytes | None = None) -> None:
-        """Load a tier; with `exact`, a graph to run in place of the tier's own on floating-point activations."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        info: TierInfo,
+        threads: int | None = None,
+        exact: bytes | None = None,
+        providers: Sequence[str] = (),
+    ) -> None:
+        """Load a tier; with `exact`, a graph to run in place of the tier's own on floating-point activations.
+
+        `providers` come before the CPU, which is always the last.
+        """
         ort = import_onnxruntime()
         manifest = bundle.manifest
         options = ort.SessionOptions()
@@ -64,7 +74,7 @@ class OrtTier:
         )
         try:
             self._session = ort.InferenceSession(
-                exact or bundle.path(info.graph).read_bytes(), options, providers=["CPUExecutionProvider"]
+                exact or bundle.path(info.graph).read_bytes(), options, providers=[*providers, "CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime raises many types; none means anything to a user
             raise BundleError(
@@ -103,6 +113,11 @@ class OrtTier:
         self._reserve(cache, cache.length + count)
         if count == 1 and logits == "last":
             return self._decode(cache, tokens[0])
+        return self._run(cache, tokens, logits)
+
+    def _run(self, cache: OrtCache, tokens: Sequence[int], logits: Wanted) -> Logits:
+        """Append tokens that the buffers have room for, through buffers bound for this call."""
+        count = len(tokens)
         wanted = {"last": [count - 1], "all": range(count), "none": [count - 1]}[logits]
         binding = self._session.io_binding()
         self._bind_cache(binding, cache)
@@ -161,9 +176,13 @@ class OrtTier:
     def _bind_cache(self, binding: Any, cache: OrtCache) -> None:
         for names, buffers in ((self._key_names, cache.keys), (self._value_names, cache.values)):
             for name, buffer in zip(names, buffers, strict=True):
-                value = self._ort.OrtValue.ortvalue_from_numpy(buffer)  # shares the array's memory
+                value = self._shared(buffer)
                 binding.bind_ortvalue_input(name, value)
                 binding.bind_ortvalue_output(f"{name}_out", value)
+
+    def _shared(self, buffer: Any) -> Any:
+        """A cache buffer as an OrtValue on the same memory."""
+        return self._ort.OrtValue.ortvalue_from_numpy(buffer)
 
 
 @dataclass(slots=True)
@@ -219,9 +238,12 @@ class OrtPool:
             info = self._bundle.tier(tier)
             while self._loaded and sum(map(self._bytes.__getitem__, (*self._loaded, tier))) > self._limit:
                 self._loaded.popitem(last=False)
-            runner = self._loaded[tier] = OrtTier(self._bundle, info, self._threads)
+            runner = self._loaded[tier] = self._load(info)
         self._loaded.move_to_end(tier)
         return runner
+
+    def _load(self, info: TierInfo) -> OrtTier:
+        return OrtTier(self._bundle, info, self._threads)
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -252,22 +274,6 @@ def check_interface(session: Any, manifest: Manifest, info: TierInfo) -> None:
             f"{info.graph} is not the graph that manifest.json describes as {info.tier} (its layers, heads, vocabulary "
             f"or compute type differ). Copy the bundle again, or rebuild it."
         )
-
-
-def adoption(upper: Sequence[LayerInfo], lower: Sequence[LayerInfo]) -> list[tuple[int, int]]:
-    """For every layer of the lower tier: the index of its source layer in the upper tier, and the heads to keep.
-
-    Raises:
-        ValueError: the lower tier is not nested in the upper one.
-    """
-    where = {layer.source_layer: i for i, layer in enumerate(upper)}
-    rows = []
-    for layer in lower:
-        i = where.get(layer.source_layer)
-        if i is None or layer.kv_heads > upper[i].kv_heads:
-            raise ValueError("a cache can only be handed down the ladder")
-        rows.append((i, layer.kv_heads))
-    return rows
 
 
 def import_onnxruntime() -> Any:

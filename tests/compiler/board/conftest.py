@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,12 @@ from eopc_compiler.config import LayerDims
 from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.export import export_tier
 from eopc_compiler.ladder import Mask, UnitOrder, full_mask, tier_config
+from eopc_runtime.bundle import LayerInfo, Manifest, ModelInfo, TierInfo, Workload, file_entry
+from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
 
 CONTEXT = 256
 PRUNED = Mask((LayerDims(0, 1, 128), LayerDims(1, 2, 192)))  # both layers keep pieces, one of them a single KV group
+SHORT = Mask((LayerDims(1, 2, 192),))  # a layer dropped, and nothing cut that PRUNED leaves whole
 MakeTier = Callable[..., Path]
 
 
@@ -38,7 +43,7 @@ def make_tier(cached_traces: None, make_tiny: Any, tmp_path_factory: pytest.Temp
             max_position_embeddings=CONTEXT,
             **changes,
         )
-        masks = [full_mask(config), PRUNED]
+        masks = [full_mask(config), PRUNED, SHORT]
         storage = Storage.choose(precision, dtype, DIALECTS[dialect], {128, 192, 256}, layers=2)
         if key not in done:
             root = tmp_path_factory.mktemp("-".join(map(str, key)))
@@ -57,3 +62,48 @@ def make_tier(cached_traces: None, make_tiny: Any, tmp_path_factory: pytest.Temp
         return root
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_bundle(make_tier: MakeTier) -> Callable[..., Path]:
+    """Writes a bundle of three tiers into a folder; graphs and weights are real, prices are not.
+
+    With `apart`, every tier has a graph per phase beside its common one.
+    """
+
+    def make(root: Path, dialect: str, device: str, apart: bool = False) -> Path:
+        for tier in ("t0", "t1", "t2"):
+            shutil.copytree(make_tier("fp16", dialect, "float16", tier), root, dirs_exist_ok=True)
+            (root / "tiers" / tier / "mask.json").write_text("{}")
+            for phase in ("prefill", "decode") if apart else ():
+                shutil.copy(root / "tiers" / tier / "model.onnx", root / "tiers" / tier / f"{phase}.onnx")
+        (root / "tokenizer").mkdir()
+        (root / "tokenizer/tokenizer.json").write_text("{}")
+        energies = tuple(TierEnergy(f"t{i}", 0.1, 0.01, 0.0, 0.5, 0.001, 0.001, "prior") for i in range(3))
+        (root / "energy.json").write_text(json.dumps(EnergyTable(device, "prior", 0.0, energies).to_json()))
+        write_bundle_manifest(root, dialect, device)
+        return root
+
+    return make
+
+
+def write_bundle_manifest(root: Path, dialect: str, device: str) -> None:
+    """The manifest of `make_bundle`, listing what is there now."""
+    whole = tuple(LayerInfo(i, 2, 256) for i in range(2))
+    kept = (whole, *(tuple(LayerInfo(d.source_layer, d.num_key_value_heads, d.intermediate_size) for d in m.layers)
+                     for m in (PRUNED, SHORT)))  # fmt: skip
+    tiers = tuple(
+        TierInfo(
+            f"t{i}", None, 0.1, "prior", None, None, {}, 1000, {"layers": 1.0, "kv_groups": 1.0, "ffn": 1.0}, layers,
+            TierCost(len(layers), 400_000, 1024, 1e6, 1e5, 1e3), f"tiers/t{i}/model.onnx", f"tiers/t{i}/mask.json",
+            "", {},
+        )
+        for i, layers in enumerate(kept)
+    )  # fmt: skip
+    names = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and p.name != "manifest.json")
+    model = ModelInfo("tiny", "tests", "llama", 160, 128, 64, 2, CONTEXT, None, ())
+    manifest = Manifest(
+        "0", model, device, dialect, DIALECTS[dialect].opset, "fp16", "float16", Workload(32, 32), CONTEXT, tiers,
+        tuple(file_entry(root, name) for name in names), {}, 0, {},
+    )  # fmt: skip
+    (root / "manifest.json").write_text(json.dumps(manifest.to_json()))

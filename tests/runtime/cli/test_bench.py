@@ -34,7 +34,7 @@ def test_bench_json_has_speeds_machine_and_versions(eopc: Eopc, bundle: Path) ->
     options = ("--tier", "t0", "--prompt-tokens", 8, "--new-tokens", 4, "--runs", 2)
     value = json.loads(eopc("bench", bundle, *options, "--threads", 1, "--json").stdout)
     assert set(value["tiers"][0]) == {
-        *("tier", "prefill_tokens_per_s", "decode_tokens_per_s", "ttft_s", "peak_rss_bytes"),
+        *("tier", "prefill_tokens_per_s", "decode_tokens_per_s", "ttft_s", "peak_rss_bytes", "runner"),
     }
     assert value["machine"]["threads"] == 1
     assert value["machine"]["cpu"]

@@ -1,0 +1,29 @@
+"""The --runner option, the same for every command that runs a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from eopc_runtime.runners.choose import RUNNERS
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def runner_option(command: F) -> F:
+    """Add --runner to a command."""
+    return click.option(
+        "--runner",
+        type=click.Choice(RUNNERS),
+        default="auto",
+        help="What executes the tiers: onnxruntime on the CPU (ort), the bundle's engines (tensorrt), or "
+        "onnxruntime-gpu (ort-cuda, ort-tensorrt). [default: engines that fit this machine, else the CPU]",
+    )(command)
+
+
+def show_notes(notes: tuple[str, ...]) -> None:
+    """Print what a user should know of the runner, on stderr."""
+    for note in notes:
+        click.echo(f"Note: {note}", err=True)

@@ -1,0 +1,233 @@
+"""The parts of `eopc engine` that need no compiler: child process, memory, timing cache, sets that go together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from eopc_compiler.board import engine_job
+from eopc_compiler.board.compilers import Compiler
+from eopc_compiler.board.engine_job import EngineJob, JobResult, run_job
+from eopc_compiler.board.engine_memory import build_bytes, check_memory
+from eopc_compiler.board.engine_set import EngineArgs, build_engines
+from eopc_compiler.board.engine_target import BuildTarget, check_dialect, device_engine
+from eopc_compiler.board.tensorrt_build import BuilderCrashError, BuildSettings, EngineBuildError
+from eopc_runtime.bundle import Bundle
+from eopc_runtime.engines import list_engine_sets, read_engines
+from eopc_runtime.errors import DeviceError
+from eopc_runtime.profiles import list_profiles
+
+ORIN = BuildTarget("orin", "tensorrt", "10.16.1", 87, gpu="Orin", driver="13.0")
+
+
+@pytest.fixture
+def bundle(make_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A native bundle on an Orin."""
+    monkeypatch.setattr("eopc_compiler.board.engine_set.resolve_target", lambda device, proxy: ORIN)
+    return make_bundle(tmp_path / "b.eopc", "native", "orin")  # type: ignore[no-any-return]
+
+
+class Builds:
+    """Stands for the child process: writes a plan, or refuses the tiers named."""
+
+    def __init__(self, *refused: str) -> None:
+        self.jobs: list[EngineJob] = []
+        self.refused = refused
+
+    def __call__(self, job: EngineJob, tick: Any) -> JobResult:
+        self.jobs.append(job)
+        if any(f"/{tier}/" in job.graph for tier in self.refused):
+            raise EngineBuildError("TensorRT did not build this graph for SM87: no")
+        tick("Building engine 1/6")
+        Path(job.plan or "").write_bytes(b"test")
+        sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+        return JobResult("10.16.1", 4, sha256, 40, 1, False, 2.0, 1 << 30)
+
+
+def build(bundle: Path, builds: Builds, **options: Any) -> Any:
+    """Build engines without a compiler."""
+    return build_engines(EngineArgs(bundle, **options), lambda _text: None, lambda _text: None, builds)
+
+
+def test_tiers_share_shapes_and_one_timing_cache(bundle: Path) -> None:
+    """Context and workload of the bundle, unless told otherwise."""
+    builds = Builds()
+    build(bundle, builds, workspace_bytes=1 << 30)
+    assert {job.timing_cache for job in builds.jobs} == {str(bundle.resolve() / "engines/orin-sm87/timing.cache")}
+    assert {job.settings for job in builds.jobs} == {BuildSettings(256, 256, 32, 1 << 30)}
+    assert [r.decomposed_attention for r in read_engines(bundle, "orin-sm87")] == [True, True, False]
+
+
+def test_a_refused_tier_leaves_those_before_it(bundle: Path) -> None:
+    """The next run goes on from there; a bundle with half a set verifies."""
+    with pytest.raises(EngineBuildError):
+        build(bundle, Builds("t1"))
+    assert [r.tier for r in read_engines(bundle, "orin-sm87")] == ["t0"]
+    builds = Builds()
+    result = build(bundle, builds)
+    assert [job.graph for job in builds.jobs] == ["tiers/t1/model.onnx", "tiers/t2/model.onnx"]
+    assert result.reused == (("t0", "both"),)
+
+
+def test_a_first_build_that_fails_leaves_nothing(bundle: Path) -> None:
+    """No empty set, no empty folder."""
+    with pytest.raises(EngineBuildError):
+        build(bundle, Builds("t0"))
+    assert list_engine_sets(bundle) == ()
+    assert not (bundle / "engines").exists()
+
+
+def test_a_set_never_mixes_cache_lengths(bundle: Path) -> None:
+    """A tier built for another cache drops the others, plans and records; the same cache keeps them."""
+    build(bundle, Builds())
+    build(bundle, Builds(), tiers=("t1",), rebuild=True)
+    assert [r.tier for r in read_engines(bundle, "orin-sm87")] == ["t0", "t1", "t2"]
+    build(bundle, Builds(), tiers=("t1",), cache_len=128)
+    assert [(r.tier, r.cache_len) for r in read_engines(bundle, "orin-sm87")] == [("t1", 128)]
+    assert [p.name for p in (bundle / "engines/orin-sm87").glob("*.plan")] == ["t1.plan"]
+
+
+def test_other_weights_are_other_engines(bundle: Path) -> None:
+    """After the bundle was built again, nothing is reused."""
+    build(bundle, Builds())
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    weights = bundle / "weights.bin"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    for entry in manifest["files"]:
+        if entry["path"] == "weights.bin":
+            entry["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    assert build(bundle, Builds()).reused == ()
+
+
+def test_native_graphs_are_refused_by_an_old_tensorrt() -> None:
+    """TensorRT 10.3 lacks their operators; the message says which bundle to build."""
+    with pytest.raises(DeviceError, match=r"TensorRT 10\.3\.0 .* --device orin --dialect primitive"):
+        check_dialect(replace(ORIN, version="10.3.0"), "native")
+    check_dialect(replace(ORIN, version="10.3.0"), "primitive")
+    check_dialect(ORIN, "native")
+
+
+def test_every_nvidia_profile_has_a_target_and_a_proxy() -> None:
+    """Cards compile for themselves, boards and servers for the nearest architecture below."""
+    engines = {p.name: p.engine for p in list_profiles() if p.engine}
+    targets = {name: (e.compiler, e.compute_capability, e.proxy) for name, e in engines.items()}
+    assert targets["orin-nano"] == targets["orin-nx"] == targets["orin"] == ("tensorrt", 87, 86)
+    assert targets["h100"] == ("tensorrt", 90, 89)
+    assert targets["thor"][0] == "tensorrt"
+    assert {n: t[1:] for n, t in targets.items() if t[0] == "tensorrt_rtx"} == {
+        "rtx-3060": (86, 86), "rtx-4090": (89, 89), "rtx-5090": (120, 120),
+    }  # fmt: skip
+    with pytest.raises(DeviceError, match="cpu runs ONNX graphs"):
+        device_engine("cpu")
+
+
+def test_a_build_that_does_not_fit_is_refused_with_the_numbers(bundle: Path) -> None:
+    """Swap counts; without a figure from the system nothing is refused."""
+    opened = Bundle.open(bundle)
+    manifest, tiers = opened.manifest, opened.manifest.tiers
+    needed = build_bytes(manifest, tiers[0])
+    assert needed > build_bytes(manifest, tiers[2])
+    tight = {"MemAvailable": needed - 1, "SwapFree": 0}
+    with pytest.raises(DeviceError, match=r"The build of t0 takes about .* MiB .*--no-memory-check"):
+        check_memory(manifest, tiers, True, tight)
+    assert "takes about" in check_memory(manifest, tiers, False, tight)[0]
+    assert "of swap" in check_memory(manifest, tiers, True, {**tight, "SwapFree": 1 << 20})[0]
+    check_memory(manifest, tiers, True, {"MemAvailable": None, "SwapFree": None})
+
+
+JOB = EngineJob("tensorrt_rtx", 86, "/nowhere", "x.onnx", "both", BuildSettings(64, 32, 32), 1, None, None)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "lack of memory.*--tier"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "crashed \\(SIGSEGV\\) inside TensorRT"),
+        ("raise RuntimeError('broken')", "failed: RuntimeError: broken"),
+        ("print('[1]')", "nothing was said"),
+    ],
+)
+def test_a_child_that_dies_is_a_sentence(command: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed, crashed, or broken: this process goes on."""
+    monkeypatch.setattr(engine_job, "COMMAND", command)
+    with pytest.raises(BuilderCrashError, match=message):
+        run_job(JOB, lambda _text: None)
+
+
+def test_the_childs_progress_result_and_refusal_come_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines that native code prints are passed over; a refusal keeps its type."""
+    result = JobResult("1.7", 5, "ab", 40, 2, False, 1.5, 1000)
+    says = [json.dumps(e) for e in ({"step": ["Optimizing graph", 3, 30]}, {"result": engine_job.asdict(result)})]
+    monkeypatch.setattr(engine_job, "COMMAND", f"print('noise'); [print(line) for line in {says!r}]")
+    ticks: list[str] = []
+    assert run_job(JOB, ticks.append) == result
+    assert ticks == ["Optimizing graph 3/30"]
+    refusal = json.dumps({"refused": "DeviceError", "message": "no SM87"})
+    monkeypatch.setattr(engine_job, "COMMAND", f"print({refusal!r})")
+    with pytest.raises(DeviceError, match="no SM87"):
+        run_job(JOB, ticks.append)
+
+
+class FakeConfig:
+    """A builder config that takes a timing cache as TensorRT does: not one of another version."""
+
+    def __init__(self) -> None:
+        self.cache: SimpleNamespace | None = None
+
+    def create_timing_cache(self, content: bytes) -> SimpleNamespace:
+        return SimpleNamespace(content=content, serialize=lambda: content + b"+")
+
+    def set_timing_cache(self, cache: SimpleNamespace, ignore_mismatch: bool) -> bool:
+        if cache.content.startswith(b"old") and not ignore_mismatch:
+            return False
+        self.cache = cache
+        return True
+
+    def get_timing_cache(self) -> SimpleNamespace | None:
+        return self.cache
+
+
+@pytest.mark.parametrize(("found", "kept"), [(None, b"+"), (b"same", b"same+"), (b"old", b"+")])
+def test_a_timing_cache_is_continued_if_it_fits(found: bytes | None, kept: bytes, tmp_path: Path) -> None:
+    """A cache of another version or GPU counts as empty; TensorRT-RTX has none."""
+    path, config = tmp_path / "timing.cache", FakeConfig()
+    if found is not None:
+        path.write_bytes(found)
+    trt = Compiler("tensorrt", SimpleNamespace(__version__="10.16.1"))
+    trt.load_timing_cache(config, path)
+    assert trt.timing_cache(config) == kept
+    rtx = Compiler("tensorrt_rtx", SimpleNamespace(__version__="1.7"))
+    rtx.load_timing_cache(object(), path)
+    assert rtx.timing_cache(object()) is None
+
+
+def test_a_plan_is_looked_into_where_there_is_a_gpu() -> None:
+    """The inspector gives records or bare names, by verbosity; both are named layers."""
+    text = json.dumps({"Layers": [{"Name": "_gemm_mha_v2", "LayerType": "kgen"}, "plain"]})
+    inspector = SimpleNamespace(get_engine_information=lambda kind: text)
+    engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
+    module = SimpleNamespace(
+        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda plan: engine if plan else None),
+        LayerInformationFormat=SimpleNamespace(JSON=0),
+    )
+    assert Compiler("tensorrt", module).inspect(None, b"plan") == ("Name: _gemm_mha_v2,", "Name: plain,")
+    assert Compiler("tensorrt", module).inspect(None, b"") == ()
+    assert Compiler("tensorrt_rtx", module).inspect(None, b"plan") == ()
+
+
+def test_board_modules_are_loaded_by_the_command_without_torch() -> None:
+    """`eopc engine` runs where neither torch nor the checkpoint libraries are."""
+    code = (
+        "import sys; [sys.modules.__setitem__(n, None) for n in ('torch', 'transformers', 'safetensors', 'onnx_ir')];"
+        "from eopc_compiler.board import engine_set, engine_job, tensorrt_graph; import eopc_compiler.cli.engine"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
