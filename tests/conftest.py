@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,27 @@ def write_checkpoint() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cached_traces() -> Iterator[None]:
+    """Graphs of equal tiers are traced once per session: it takes seconds, and does not depend on the weights."""
+    from eopc_compiler import export
+
+    taken: dict[Any, Any] = {}
+    trace = export.trace
+
+    def once(config: Any, dialect: Any, dtype: Any, context: int) -> Any:
+        key = (config, dialect.name, dtype, context)
+        if key not in taken:
+            taken[key] = trace(config, dialect, dtype, context)
+            gc.freeze()  # the libraries are loaded by now: collections between passes need not look at their objects
+        return taken[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "trace", once)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(cached_traces: None, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An fp32 bundle of the tiny checkpoint for the cpu profile: t0 and two pruned tiers; read only."""
     from eopc_compiler.build import build
 
@@ -62,7 +83,7 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def build_settings() -> Callable[..., Any]:
+def build_settings(cached_traces: None) -> Callable[..., Any]:
     """`tiny_args`, for tests in folders that cannot import this file."""
     return tiny_args
 

@@ -26,7 +26,7 @@ def test_an_interrupted_build_leaves_nothing_and_resumes(
     tiny_checkpoint: Path, tmp_path: Path, build_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C during export: no bundle; the same command reuses the finished stages and finishes."""
-    args = build_settings(tiny_checkpoint, tmp_path / "out")
+    args = build_settings(tiny_checkpoint, tmp_path / "out", budgets_j=(2.0, 0.53))
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,22 +140,6 @@ def write_ladder(
             path = root / f"tiers/t{tier}/model.onnx"
             export_tier(tier_config(config, mask), dialect, table, storage.dtype, CONTEXT, path)
     return Ladder(root, config, masks, table, bytes_by_type, (kind[0], storage.dtype, kind[2]))
-
-
-@pytest.fixture(scope="module")
-def cached_traces() -> Iterator[None]:
-    """Traces of equal tiers are taken once: tracing takes seconds, and does not depend on the precision."""
-    taken: dict[Any, Any] = {}
-
-    def once(config: LlamaConfig, dialect: Any, dtype: torch.dtype, context: int) -> Any:
-        key = (config, dialect.name, dtype, context)
-        if key not in taken:
-            taken[key] = trace(config, dialect, dtype, context)
-        return taken[key].clone()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_module, "trace", once)
-        yield
 
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)

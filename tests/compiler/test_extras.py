@@ -155,7 +155,7 @@ def test_rounding_follows_the_storage() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("dialect", ["native", "primitive"])
 def test_the_graph_of_a_tier_with_extras_equals_torch(
-    make_tiny: MakeTiny, tmp_path: Path, precision: str, dialect: str
+    cached_traces: None, make_tiny: MakeTiny, tmp_path: Path, precision: str, dialect: str
 ) -> None:
     """ONNX Runtime computes from weights.bin and extras.bin what PyTorch does from the same bytes."""
     config, tensors = make_tiny()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 from pathlib import Path
@@ -136,6 +137,7 @@ def build(
         f"{', '.join(format_energy(b) for b in budgets_j)} at {args.workload} tokens, precision {precision} "
         f"-> {args.output}"
     )
+    gc.freeze()  # the libraries are loaded and stay: collections between passes need not look at their many objects
     try:
         started = time.monotonic()
         result = run_build(

@@ -26,7 +26,7 @@ MakeTier = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def make_tier(make_tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> MakeTier:
+def make_tier(cached_traces: None, make_tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> MakeTier:
     """Writes one tier and returns the folder its weights.bin lies in; the graph is tiers/<tier>/model.onnx."""
     done: dict[tuple[object, ...], tuple[Path, Any, Any]] = {}
 
