@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from eopc_runtime.bundle import WEIGHTS_NAME, Bundle, FileEntry, TierInfo, check_file, inside
 from eopc_runtime.errors import BundleError, EngineMismatchError
+from eopc_runtime.files import write_whole
 from eopc_runtime.jsonfields import Fields, read_json
 from eopc_runtime.profiles import ENGINE_COMPILERS
 
@@ -162,12 +162,8 @@ def write_engines(bundle_root: Path, key: str, records: Iterable[EngineRecord]) 
     folder = set_folder(bundle_root, key)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"schema": ENGINES_SCHEMA, "engines": [asdict(r) for r in records]}
-    path, partial = folder / ENGINES_NAME, folder / f".{ENGINES_NAME}.{os.getpid()}"
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    path = folder / ENGINES_NAME
+    write_whole(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
     return path
 
 

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from eopc_compiler.board.tensorrt_build import BuilderCrashError, BuildSettings, EngineBuildError
 from eopc_runtime.errors import BundleError, DeviceError, EopcError
+from eopc_runtime.files import write_whole
 
 COMMAND = "from eopc_compiler.board.engine_job import main; main()"
 INLINE_WEIGHT_BYTES = 1_000_000_000  # above, joined constants go through the disk: one ONNX file holds 2 GB
@@ -158,7 +159,7 @@ def _build(job: EngineJob) -> JobResult:
     if job.plan is not None:
         write_whole(Path(job.plan), content)
     if timing_cache is not None and built.timing_cache is not None:
-        write_whole(timing_cache, memoryview(built.timing_cache))
+        write_whole(timing_cache, built.timing_cache)
     return JobResult(
         version=compiler.version,
         bytes=built.bytes,
@@ -181,19 +182,6 @@ class _Steps:
         if time.monotonic() >= self.next:
             self.next = time.monotonic() + EVENT_INTERVAL_S
             _say({"step": [phase, done, total]})
-
-
-def write_whole(path: Path, content: memoryview) -> None:
-    """Write a file in one step: it is there complete, or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _say(event: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from eopc_runtime.bundle import (
     finish_publication,
 )
 from eopc_runtime.energy import EnergyTable
+from eopc_runtime.files import write_synced
 
 NEXT_MANIFEST_NAME = "manifest.next.json"
 
@@ -38,11 +39,11 @@ def publish(bundle: Bundle, table: EnergyTable) -> Bundle:
 def publish_steps(bundle: Bundle, table: EnergyTable) -> Iterator[str]:
     """Publish step by step, naming what was done last; the bundle verifies after every one."""
     root = bundle.root
-    text = json.dumps(table.to_json(), indent=1) + "\n"
-    manifest = priced_manifest(bundle.manifest, table, text.encode())
-    _write(root / NEXT_ENERGY_NAME, text)
+    prices = (json.dumps(table.to_json(), indent=1) + "\n").encode()
+    manifest = priced_manifest(bundle.manifest, table, prices)
+    write_synced(root / NEXT_ENERGY_NAME, prices)
     yield "wrote the new prices beside the old ones"
-    _write(root / NEXT_MANIFEST_NAME, json.dumps(manifest.to_json(), indent=1) + "\n")
+    write_synced(root / NEXT_MANIFEST_NAME, (json.dumps(manifest.to_json(), indent=1) + "\n").encode())
     yield "wrote the new manifest beside the old one"
     (root / NEXT_MANIFEST_NAME).replace(root / MANIFEST_NAME)
     sync_folder(root)
@@ -75,10 +76,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
