@@ -168,8 +168,8 @@ class OrtTier:
             for i, layer in enumerate(self._layers):
                 array = np.zeros((1, layer.kv_heads, capacity, self._head_dim), dtype=self._dtype)
                 if buffers:
-                    array[:, :, : cache.length] = buffers[i][:, :, : cache.length]
-                grown.append(array)
+                    array[:, :, : cache.length] = self._read(buffers[i])[:, :, : cache.length]
+                grown.append(self._buffer(array))
             buffers[:] = grown
         cache.capacity, cache.decode_binding = capacity, None
 
@@ -179,6 +179,14 @@ class OrtTier:
                 value = self._shared(buffer)
                 binding.bind_ortvalue_input(name, value)
                 binding.bind_ortvalue_output(f"{name}_out", value)
+
+    def _buffer(self, array: Any) -> Any:
+        """An array as a cache keeps it."""
+        return array
+
+    def _read(self, buffer: Any) -> Any:
+        """A buffer of a cache as an array."""
+        return buffer
 
     def _shared(self, buffer: Any) -> Any:
         """A cache buffer as an OrtValue on the same memory."""

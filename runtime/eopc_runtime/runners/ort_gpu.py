@@ -17,7 +17,7 @@ import numpy as np
 from eopc_runtime.bundle import Bundle, TierInfo
 from eopc_runtime.errors import DeviceError
 from eopc_runtime.runners.base import Logits, adoption
-from eopc_runtime.runners.ort import GROWTH, OrtCache, OrtPool, OrtTier
+from eopc_runtime.runners.ort import OrtCache, OrtPool, OrtTier
 
 # what the providers are named by; each may hand operators it lacks to those after it
 PROVIDERS = {
@@ -62,31 +62,20 @@ class OrtGpuTier(OrtTier):
         fresh = OrtGpuCache(self.tier, cache.length, cache.capacity, [], [])
         for new, old in ((fresh.keys, cache.keys), (fresh.values, cache.values)):
             for theirs, heads in rows:
-                new.append(self._on_device(np.ascontiguousarray(_host(old[theirs])[:, :heads])))
+                new.append(self._buffer(np.ascontiguousarray(self._read(old[theirs])[:, :heads])))
         return fresh
 
     def _decode(self, cache: OrtCache, token: int) -> Logits:
         return self._run(cache, [token], "last")
 
-    def _reserve(self, cache: OrtCache, length: int) -> None:
-        if length <= cache.capacity:
-            return
-        capacity = min(-(-length // GROWTH) * GROWTH, self._context)
-        for buffers in (cache.keys, cache.values):
-            grown = []
-            for i, layer in enumerate(self._layers):
-                array = np.zeros((1, layer.kv_heads, capacity, self._head_dim), dtype=self._dtype)
-                if buffers:
-                    array[:, :, : cache.length] = _host(buffers[i])[:, :, : cache.length]
-                grown.append(self._on_device(array))
-            buffers[:] = grown
-        cache.capacity = capacity
-
     def _shared(self, buffer: Any) -> Any:
         return buffer  # an OrtValue already
 
-    def _on_device(self, array: Any) -> Any:
+    def _buffer(self, array: Any) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+
+    def _read(self, buffer: Any) -> Any:
+        return buffer.numpy()  # copied to the host's memory
 
 
 class OrtGpuPool(OrtPool):
@@ -114,8 +103,3 @@ def check_providers(found: Sequence[str], asked: Sequence[str], ort: Any) -> Non
         f"{', '.join(ort.get_available_providers())}). On an NVIDIA GPU: pip uninstall onnxruntime, then "
         '`pip install "eopc[gpu]"`, with the CUDA and cuDNN its release notes name; without one use --runner ort.'
     )
-
-
-def _host(value: Any) -> Any:
-    """The values of an OrtValue as an array in the host's memory."""
-    return value.numpy()
