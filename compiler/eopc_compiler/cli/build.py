@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from eopc_compiler.cli.options import calib_select_option
 from eopc_runtime.cli.output import Progress, format_bytes, print_json, print_table
 from eopc_runtime.errors import UsageError
 from eopc_runtime.profiles import load_profile
@@ -35,13 +36,7 @@ PRECISIONS = ("auto", "fp32", "fp16", "int8", "int4")
     "[@WEIGHT] from the Hugging Face Hub. Text, code, arithmetic and dialogue are built in, each with weight 1; a NAME "
     "of theirs replaces them.",
 )
-@click.option(
-    "--calib-select",
-    type=click.Choice(["domains", "ccds"]),
-    default="domains",
-    show_default=True,
-    help="Calibrate on every domain by weight, or alike on clusters found in all their text.",
-)
+@calib_select_option
 @click.option(
     "--mask", "masks", multiple=True, type=click.Path(path_type=Path), help="Given masks, largest first; repeatable."
 )

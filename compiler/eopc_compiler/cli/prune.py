@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from eopc_compiler.cli.options import calib_select_option
 from eopc_runtime.cli.output import Progress, print_json, print_table
 
 
@@ -38,13 +39,7 @@ from eopc_runtime.cli.output import Progress, print_json, print_table
 @click.option("--align", type=click.IntRange(min=1), help="FFN widths are multiples of it. [default: 32, or 64]")
 @click.option("--calib", multiple=True, metavar="NAME=FILE", help="More calibration text, .txt or .jsonl; repeatable.")
 @click.option("--only-calib", is_flag=True, help="Leave the built-in calibration text out.")
-@click.option(
-    "--calib-select",
-    type=click.Choice(["domains", "ccds"]),
-    default="domains",
-    show_default=True,
-    help="Calibrate on every domain by weight, or alike on clusters found in all their text.",
-)
+@calib_select_option
 @click.option(
     "--calibration-tokens", type=click.IntRange(min=2), default=16384, show_default=True, help="Tokens per domain."
 )
