@@ -170,9 +170,8 @@ def bundle_files(folder: Path) -> set[str] | None:
         content = json.loads((folder / "manifest.json").read_bytes())
         content["eopc_version"]  # a manifest.json of something else has none
         engines = (path for key in list_engine_sets(folder) for path in set_folder(folder, key).iterdir())
-        own = {
-            path.relative_to(folder).as_posix() for path in engines
-        }  # made from the bundle, and of no use without it
+        # made from the bundle, and of no use without it
+        own = (path.relative_to(folder).as_posix() for path in engines)
         return {"manifest.json", *(entry["path"] for entry in content["files"]), *own}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
