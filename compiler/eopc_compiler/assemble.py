@@ -21,7 +21,7 @@ from eopc_compiler.equalize import equalize_layer
 from eopc_compiler.export import WeightTable, row_count, unit_count
 from eopc_compiler.importance import Observations, Report, capture_inputs
 from eopc_compiler.ladder import Mask, UnitOrder, column_cuts, tier_cost
-from eopc_compiler.model import Block, Llama, Projection
+from eopc_compiler.model import Block, Llama, Projection, PromptPass
 from eopc_compiler.quantize import Quantized, choose_block, gptq, round_to_nearest, static_scale
 from eopc_compiler.rotate import Rotation, rotate_head, rotate_layer
 from eopc_compiler.sequences import run_layer
@@ -197,6 +197,21 @@ def load_tier(config: LlamaConfig, table: WeightTable, reader: WeightReader, con
     """The deployment-form fp32 model of a tier, from the bytes its graph uses: the reference for parity."""
     with torch.device("meta"):
         model = Llama(config, context=context).fuse()
+    _load(model, config, table, reader)
+    return model.eval()
+
+
+def load_prompt_pass(
+    config: LlamaConfig, depth: int, table: WeightTable, reader: WeightReader, context: int
+) -> PromptPass:
+    """The same for the pass that fills the cache of prefill-only pruning."""
+    with torch.device("meta"):
+        model = PromptPass(config, depth, context=context)
+    _load(model, config, table, reader)
+    return model.eval()
+
+
+def _load(model: nn.Module, config: LlamaConfig, table: WeightTable, reader: WeightReader) -> None:
     for name, _ in list(model.named_parameters()):
         entry, dims = table.of_tier(name, config.layers)
         owner, _, leaf = name.rpartition(".")
@@ -209,7 +224,6 @@ def load_tier(config: LlamaConfig, table: WeightTable, reader: WeightReader, con
         entry = table.entries[buffer]
         assert isinstance(entry, Stored)
         setattr(model, buffer, reader.stored(entry).float())
-    return model.eval()
 
 
 def _read(reader: WeightReader, entry: Entry, dims: LayerDims | None, name: str) -> Tensor:

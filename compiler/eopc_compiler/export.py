@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import Dialect
-from eopc_compiler.model import Llama
+from eopc_compiler.model import Llama, PromptPass
 from eopc_compiler.weights import ColumnMatrix, Entry, Piece, RowMatrix, Stored
 
 DTYPES = {
@@ -99,7 +99,22 @@ def export_tier(
         context: positions the rotary tables hold.
         path: the .onnx file to write; its weights stay in weights.bin.
     """
-    model = trace(config, dialect, getattr(torch, dtype), context)
+    _write(trace(config, dialect, getattr(torch, dtype), context), config, dialect, table, path)
+
+
+def export_prompt_pass(
+    config: LlamaConfig, depth: int, dialect: Dialect, table: WeightTable, dtype: str, context: int, path: Path
+) -> None:
+    """Write the prefill graph of prefill-only pruning: the first `depth` layers, then only keys and values.
+
+    Args:
+        table: has `self_attn.kv_proj` of the skipped layers (`extras.key_value_entries`).
+    """
+    model = trace_prompt_pass(config, depth, dialect, getattr(torch, dtype), context)
+    _write(model, config, dialect, table, path)
+
+
+def _write(model: ir.Model, config: LlamaConfig, dialect: Dialect, table: WeightTable, path: Path) -> None:
     attach_weights(model, config, dialect, table)
     path.parent.mkdir(parents=True, exist_ok=True)
     ir.save(model, path)
@@ -109,15 +124,25 @@ def trace(config: LlamaConfig, dialect: Dialect, dtype: torch.dtype, context: in
     """The graph of one tier, opset and operators as the dialect says, initializers without meaningful values."""
     with torch.device("meta"):
         llama = Llama(config, dialect.ops, context).to(dtype).fuse()
-    llama = llama.to_empty(device="cpu")  # address space, not memory: its pages stay untouched
-    for i, tensor in enumerate((*llama.parameters(), *llama.buffers())):
+    return _trace(_Traced(llama), config, dialect, dtype, logits=True)
+
+
+def trace_prompt_pass(
+    config: LlamaConfig, depth: int, dialect: Dialect, dtype: torch.dtype, context: int
+) -> ir.Model:
+    """The graph that fills a cache and runs only `depth` layers, initializers without meaningful values."""
+    with torch.device("meta"):
+        prompt = PromptPass(config, depth, dialect.ops, context).to(dtype)
+    return _trace(_TracedPrompt(prompt), config, dialect, dtype, logits=False)
+
+
+def _trace(module: nn.Module, config: LlamaConfig, dialect: Dialect, dtype: torch.dtype, logits: bool) -> ir.Model:
+    """Trace a module on the meta device; its inputs are those of every graph of a bundle."""
+    module = module.to_empty(device="cpu")  # address space, not memory: its pages stay untouched
+    for i, tensor in enumerate((*module.parameters(), *module.buffers())):
         # the optimizer merges small initializers of equal bytes, and fresh memory is often zero throughout
         tensor.data.view(-1)[0] = i
-    count, length, capacity = (
-        len(config.layers),
-        7,
-        32,
-    )  # any sizes but 0 and 1, which tracing would specialise
+    count, length, capacity = len(config.layers), 7, 32  # any sizes but 0 and 1, which tracing would specialise
     caches = [  # one tensor each: torch.export merges inputs that are the same object
         torch.zeros(1, d.num_key_value_heads, capacity, config.head_dim, dtype=dtype)
         for d in (*config.layers, *config.layers)
@@ -128,20 +153,20 @@ def trace(config: LlamaConfig, dialect: Dialect, dtype: torch.dtype, context: in
         "position_ids": (torch.arange(length)[None], {1: s}),
         "write_index": (torch.zeros(1, dtype=torch.long), {}),
         "attn_mask": (torch.zeros(1, 1, length, capacity, dtype=dtype), {2: s, 3: t}),
-        "logits_index": (torch.zeros(3, dtype=torch.long), {0: n}),
+        **({"logits_index": (torch.zeros(3, dtype=torch.long), {0: n})} if logits else {}),
         "caches": (caches, [{2: t}] * len(caches)),
     }
     cache_names = [f"{kind}_cache_{i}" for kind in "kv" for i in range(count)]
     with warnings.catch_warnings(), torch.no_grad(), _quiet_logger():
         warnings.simplefilter("ignore")  # the exporter's notes on axis names and missing torchvision
         program = torch.onnx.export(
-            _Traced(llama),
+            module,
             tuple(value for value, _ in inputs.values()),
             dynamo=True,
             dynamic_shapes=tuple(shape for _, shape in inputs.values()),
             opset_version=dialect.opset,
             input_names=[*list(inputs)[:-1], *cache_names],
-            output_names=["logits", *(f"{name}_out" for name in cache_names)],
+            output_names=[*(["logits"] if logits else []), *(f"{name}_out" for name in cache_names)],
             optimize=False,
             verbose=False,
         )
@@ -175,6 +200,21 @@ class _Traced(nn.Module):
             input_ids, position_ids, write_index, attn_mask, logits_index, caches[:half], caches[half:]
         )
         return (logits, *keys, *values)
+
+
+class _TracedPrompt(nn.Module):
+    """The same for the pass that only fills the cache."""
+
+    def __init__(self, prompt: PromptPass) -> None:
+        super().__init__()
+        self.llama = prompt
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, write_index: Tensor, attn_mask: Tensor, caches: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        half = len(caches) // 2
+        keys, values = self.llama(input_ids, position_ids, write_index, attn_mask, caches[:half], caches[half:])
+        return (*keys, *values)
 
 
 def attach_weights(model: ir.Model, config: LlamaConfig, dialect: Dialect, table: WeightTable) -> None:

@@ -22,7 +22,7 @@ from eopc_compiler.handover import Repaired, Round
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.quantize import Quantized, gptq
-from eopc_compiler.weights import Entry, WeightWriter
+from eopc_compiler.weights import ColumnMatrix, Entry, Piece, WeightReader, WeightWriter
 
 EXTRAS_FILE = "extras.bin"
 EXTRAS_SHARE = 0.12  # of the bytes of weights.bin, all tiers together
@@ -72,6 +72,32 @@ class TierExtras:
         biased = {name.split(".")[2] for name in self.table.entries if name.endswith(".bias")}
         layers = (replace(d, compensated=str(d.source_layer) in biased) for d in config.layers)
         return replace(config, layers=tuple(layers))
+
+
+def key_value_entries(
+    writer: WeightWriter, table: WeightTable, reader: WeightReader, config: LlamaConfig, depth: int
+) -> dict[str, Entry]:
+    """Write the keys' and values' columns of q/k/v of every layer from `depth` on: the same codes, copied.
+
+    A graph that skips queries reads only these, and columns of a stored matrix are no run of bytes.
+    """
+    entries = dict[str, Entry]()
+    for dims in config.layers[depth:]:
+        queries = dims.num_key_value_heads * config.query_group_size * config.head_dim
+        for leaf in ("weight", "bias") if config.attention_bias else ("weight",):
+            owner = f"model.layers.{dims.source_layer}.self_attn"
+            entry = table.entries[f"{owner}.qkv_proj.{leaf}"]
+            assert isinstance(entry, ColumnMatrix)
+            pieces = entry.kept(dims.num_key_value_heads)
+            codes = torch.cat([reader.stored(p.codes) for p in pieces], -1)[..., queries:]
+            scales = [reader.stored(p.scales) for p in pieces if p.scales is not None]
+            piece = Piece(
+                dims.num_key_value_heads,
+                writer.tensor(codes, pieces[0].codes.dtype),
+                writer.tensor(torch.cat(scales, -1)[..., queries:], str(scales[0].dtype)[6:]) if scales else None,
+            )
+            entries[f"{owner}.kv_proj.{leaf}"] = ColumnMatrix((piece,), entry.block, entry.input_scale)
+    return entries
 
 
 def own_matrices(

@@ -7,23 +7,22 @@ keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from eopc_compiler.calibration import Batch
-from eopc_compiler.config import LayerDims
 from eopc_compiler.ladder import Mask
 from eopc_compiler.model import Block, Llama, Projection
+from eopc_compiler.prompt_cache import PromptCache
 from eopc_compiler.quantize import Quantized
 from eopc_compiler.sequences import (
     Past,
     add_output,
     fast_math,
     ffn_inputs,
-    keys_and_values,
     next_token_losses,
     run_attention,
     run_layer,
@@ -51,21 +50,25 @@ class ContinuationLoss:
         model: the whole model, which also runs the prompts.
         batches: windows [n, S] of every domain.
         prompt: tokens of every window that the whole model has run already.
+        depth: layers the prompt has run through (`PromptCache`); None for all.
     """
 
-    def __init__(self, model: Llama, batches: Sequence[Batch], prompt: int) -> None:
+    def __init__(self, model: Llama, batches: Sequence[Batch], prompt: int, depth: int | None = None) -> None:
         self.model, self.batches, self.prompt = model, batches, prompt
         self.evaluations = 0
         self._past: list[list[Past]] = []  # per batch, per source layer
         self._inputs: list[list[Tensor]] = []  # hidden states [n, S - prompt, hidden] in front of every source layer
         with torch.no_grad(), fast_math():
             for _, _, tokens in batches:
-                x, past, inputs = model.model.embed_tokens(tokens), [], []
-                for layer in model.blocks:
-                    past.append(keys_and_values(model, layer, x[:, :prompt]))
-                    inputs.append(x[:, prompt:].clone())
-                    x = run_layer(model, layer, x)
-                self._past.append(past)
+                x, cache = model.model.embed_tokens(tokens), PromptCache(model, prompt, depth)
+                pasts, inputs = list[Past](), list[Tensor]()
+                for index, layer in enumerate(model.blocks):
+                    past, behind = cache.enter(index, x)
+                    pasts.append(past)
+                    inputs.append(behind.clone())
+                    if index < cache.depth:
+                        x = run_layer(model, layer, x)
+                self._past.append(pasts)
                 self._inputs.append(inputs)
 
     def of_mask(self, mask: Mask) -> dict[int, float]:
@@ -122,6 +125,7 @@ def repair_tier(
     own: Collection[int],
     round_weight: Round = lambda _layer, weight, _covariance: weight,
     report: Callable[[int, int], None] | None = None,
+    depth: int | None = None,
 ) -> tuple[Llama, tuple[Repaired, ...]]:
     """Re-fit down_proj where a layer was narrowed or stands before a gap, on the cache the tier inherits.
 
@@ -134,6 +138,7 @@ def repair_tier(
         prompt: tokens of every window [n, S] whose keys and values are inherited.
         own: source layers that may have a down_proj of their own; the others that need it get only a bias.
         round_weight: how a new matrix is stored; later layers are fitted behind the stored one.
+        depth: layers the prompts have run through (`PromptCache`); None for all.
 
     Returns:
         The repaired tier, and what it has of its own.
@@ -141,12 +146,16 @@ def repair_tier(
     tier, repaired = tier_view(model, mask), list[Repaired]()
     dense = [model.model.embed_tokens(batch.tokens) for batch in batches]
     ours = [x[:, prompt:].clone() for x in dense]
+    caches = [PromptCache(model, prompt, depth) for _ in batches]
     done = 0
     for position, (dims, layer) in enumerate(zip(mask.layers, tier.blocks, strict=True)):
         following = next_source(mask, position, model)
-        dense = [_through(model, range(done, dims.source_layer), x) for x in dense]
-        pasts = [_past(model, dims, x[:, :prompt]) for x in dense]
-        dense = [_through(model, range(dims.source_layer, following), x) for x in dense]
+        pasts = list[Past]()
+        for index in range(done, following):
+            entered = [cache.enter(index, x)[0] for cache, x in zip(caches, dense, strict=True)]
+            if index == dims.source_layer:
+                pasts = [inherited(past, dims.num_key_value_heads) for past in entered]
+            dense = [_through(model, index, x) for x in dense]
         done = following
         middle = [_attended(tier, layer, x, past) for x, past in zip(ours, pasts, strict=True)]
         inputs = [ffn_inputs(layer, x) for x in middle]
@@ -204,16 +213,9 @@ def _set_output(output: Projection, weight: Tensor | Quantized | None, bias: Ten
     output.bias = nn.Parameter(bias, requires_grad=False)
 
 
-def _through(model: Llama, layers: Iterable[int], x: Tensor) -> Tensor:
+def _through(model: Llama, index: int, x: Tensor) -> Tensor:
     with fast_math():
-        for index in layers:
-            x = run_layer(model, model.blocks[index], x).float()
-    return x
-
-
-def _past(model: Llama, dims: LayerDims, x: Tensor) -> Past:
-    with fast_math():
-        return inherited(keys_and_values(model, model.blocks[dims.source_layer], x), dims.num_key_value_heads)
+        return run_layer(model, model.blocks[index], x).float()
 
 
 def _attended(tier: Llama, layer: Block, x: Tensor, past: Past) -> Tensor:

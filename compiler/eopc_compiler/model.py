@@ -5,6 +5,8 @@ Two visible entry points, both built on `Llama.forward`:
 * `prefill(model, ids)` runs a whole prompt into a fresh cache and returns the logits of its last position;
 * `decode(model, cache, token)` runs one token against the cache.
 
+`PromptPass` is the prefill of prefill-only pruning (POP), a graph of its own: it fills the cache and has no logits.
+
 A model is either in *checkpoint form* (q_proj, k_proj, v_proj, gate_proj, up_proj as Hugging Face stores them) or,
 after `fuse()`, in *deployment form*: q, k and v merged into qkv_proj, every matrix stored [in, out] so that the units a
 tier keeps are rows (o_proj, down_proj) or columns (qkv_proj, gate_proj, up_proj), and 1/sqrt(head_dim) folded into the
@@ -129,8 +131,7 @@ class Llama(nn.Module):
     def fuse(self) -> Llama:
         """Turn checkpoint form into deployment form, in place, one layer at a time; return self."""
         for layer in self.blocks:
-            layer.self_attn.fuse()
-            layer.mlp.fuse()
+            layer.fuse()
         self.lm_head.fuse()
         return self
 
@@ -180,6 +181,12 @@ class Block(nn.Module):
         self.self_attn = Attention(config, dims, ops)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.mlp = FeedForward(config, dims)
+
+    def fuse(self) -> Block:
+        """Turn checkpoint form into deployment form, in place; return self."""
+        self.self_attn.fuse()
+        self.mlp.fuse()
+        return self
 
     def forward(
         self, x: Tensor, rotary: Rotary, write_index: Tensor, mask: Tensor, key: Tensor, value: Tensor
@@ -262,6 +269,80 @@ class FeedForward(nn.Module):
         return product
 
 
+class PromptPass(nn.Module):
+    """Writes a prompt's keys and values and runs only the first `depth` layers (POP, arXiv 2602.03295); no logits.
+
+    Every later layer writes keys and values of what enters layer `depth`, through its own norm and projections. In
+    deployment form only; tensors are named as in `Llama`, but for `self_attn.kv_proj` of the layers that are skipped.
+    """
+
+    def __init__(self, config: LlamaConfig, depth: int, ops: Ops | None = None, context: int = 2048) -> None:
+        super().__init__()
+        self.config, self.depth = config, depth
+        ops = ops or EagerOps()
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        run = [Block(config, dims, ops).fuse() for dims in config.layers[:depth]]
+        self.model.layers = nn.ModuleList([*run, *(SkippedBlock(config, dims, ops) for dims in config.layers[depth:])])
+        cos, sin = rotary_tables(config, min(context, config.max_position_embeddings))
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        write_index: Tensor,
+        attn_mask: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the written caches; arguments as those of `Llama.forward`."""
+        rotary = Rotary(self.get_buffer("cos"), self.get_buffer("sin"), position_ids)
+        x = cast(nn.Embedding, self.model.embed_tokens)(input_ids)
+        keys, values = list(keys), list(values)
+        for i, layer in enumerate(cast(nn.ModuleList, self.model.layers)):
+            if i < self.depth:
+                x, keys[i], values[i] = layer(x, rotary, write_index, attn_mask, keys[i], values[i])
+            else:
+                keys[i], values[i] = layer(x, rotary, write_index, keys[i], values[i])
+        return keys, values
+
+    @torch.no_grad()
+    def fill(self, cache: Cache, ids: Sequence[int]) -> None:
+        """Append `ids` to the cache in place."""
+        positions = torch.arange(cache.length, cache.length + len(ids))
+        mask = causal_mask(positions, cache.capacity, cache.keys[0].dtype)
+        start = torch.tensor([cache.length])
+        cache.keys, cache.values = self(
+            torch.tensor([list(ids)]), positions[None], start, mask, cache.keys, cache.values
+        )
+        cache.length += len(ids)
+
+
+class SkippedBlock(nn.Module):
+    """What is left of a decoder layer that a prompt skips: keys and values of its input."""
+
+    def __init__(self, config: LlamaConfig, dims: LayerDims, ops: Ops) -> None:
+        super().__init__()
+        self.ops, self.head_dim, self.kv_heads = ops, config.head_dim, dims.num_key_value_heads
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        width = 2 * self.kv_heads * self.head_dim
+        self.self_attn = nn.Module()
+        self.self_attn.kv_proj = Projection(config.hidden_size, width, config.attention_bias).fuse()
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, write_index: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if not self.kv_heads:
+            return key, value
+        batch, length, _ = x.shape
+        kv = cast(Projection, self.self_attn.kv_proj)(self.input_layernorm(x))
+        k, v = kv.view(batch, length, 2 * self.kv_heads, self.head_dim).transpose(1, 2).chunk(2, 1)
+        k = self.ops.rotary(k, rotary.cos, rotary.sin, rotary.position_ids)
+        return self.ops.write_cache(key, k, write_index), self.ops.write_cache(value, v, write_index)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension."""
 
@@ -295,10 +376,11 @@ class Projection(nn.Module):
         whole.transposed = True
         return whole
 
-    def fuse(self) -> None:
+    def fuse(self) -> Projection:
         # a new parameter: a head tied to the embedding must not transpose the embedding with it
         self.weight = nn.Parameter(self.weight.data.t().contiguous(), requires_grad=False)
         self.transposed = True
+        return self
 
     def scale(self, factor: float) -> None:
         # new parameters: the old ones may be the caller's tensors

@@ -50,10 +50,10 @@ def attend(model: Llama, layer: Block, normed: Tensor, past: Past | None = None)
     return out.transpose(1, 2).reshape(batch, length, -1)
 
 
-def keys_and_values(model: Llama, layer: Block, x: Tensor) -> Past:
-    """What a block puts into the cache for inputs x [n, S, hidden] at positions 0..S-1."""
+def keys_and_values(model: Llama, layer: Block, x: Tensor, start: int = 0) -> Past:
+    """What a block puts into the cache for inputs x [n, S, hidden] at positions start..start+S-1."""
     batch, length, _ = x.shape
-    _, k, v, _ = layer.self_attn.project(layer.input_layernorm(x), _rotary(model, batch, 0, length))
+    _, k, v, _ = layer.self_attn.project(layer.input_layernorm(x), _rotary(model, batch, start, length))
     return k, v
 
 

@@ -47,7 +47,8 @@ class TierCost:
     weight_bytes is read once per decode step (output head included, embedding table not);
     kv_bytes_per_token is K and V of one context token over all kept layers; flops_per_token are the matmuls
     of one token without the head; attn_flops_per_context are the FLOPs per query token per context token
-    over all layers (4 head_dim q_heads, summed).
+    over all layers (4 head_dim q_heads, summed). `prefill` is the work of the graph that prompts run through where
+    that is another one (prefill-only pruning); the last token of the prompt is then a step of this one.
     """
 
     layers: int
@@ -56,6 +57,7 @@ class TierCost:
     flops_per_token: float
     head_flops: float
     attn_flops_per_context: float
+    prefill: TierCost | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return the fields as a JSON object."""
@@ -71,6 +73,7 @@ class TierCost:
             flops_per_token=fields.number("flops_per_token", minimum=0),
             head_flops=fields.number("head_flops", minimum=0),
             attn_flops_per_context=fields.number("attn_flops_per_context", minimum=0),
+            prefill=cls.from_fields(fields.child("prefill")) if fields.get("prefill") is not None else None,
         )
         fields.done()
         return cost

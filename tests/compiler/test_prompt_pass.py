@@ -1,0 +1,216 @@
+"""Prefill-only pruning: what the prompt leaves in the cache, in PyTorch and as a graph in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from eopc_compiler import sequences
+from eopc_compiler.assemble import Storage, load_prompt_pass, write_weights
+from eopc_compiler.calibration import Batch
+from eopc_compiler.config import LayerDims, LlamaConfig
+from eopc_compiler.dialects import DIALECTS
+from eopc_compiler.export import WeightTable, export_prompt_pass
+from eopc_compiler.extras import key_value_entries
+from eopc_compiler.handover import ContinuationLoss, inherited, repair_tier
+from eopc_compiler.importance import observe
+from eopc_compiler.ladder import Mask, full_mask
+from eopc_compiler.model import Cache, Llama, Projection, PromptPass, build_model, causal_mask
+from eopc_compiler.parity import without_rounded_inputs
+from eopc_compiler.prompt_cache import PromptCache
+from eopc_compiler.sequences import run_blocks, run_layer
+from eopc_compiler.weights import WeightReader, WeightWriter
+
+MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
+PROMPT, LENGTH, CONTEXT = 12, 20, 48
+
+
+def deployed(make_tiny: MakeTiny, **changes: bool) -> Llama:
+    config, tensors = make_tiny(**changes)
+    return build_model(config, tensors, CONTEXT).fuse()
+
+
+def prompt_pass(model: Llama, depth: int) -> PromptPass:
+    """The pass of a deployment-form model, on its tensors."""
+    fresh = PromptPass(model.config, depth, context=CONTEXT)
+    state = {n: t for n, t in model.state_dict().items() if n in fresh.state_dict()}
+    for index, layer in list(enumerate(model.blocks))[depth:]:
+        attention = layer.self_attn
+        assert attention.qkv_proj is not None
+        queries = attention.q_heads * attention.head_dim
+        state[f"model.layers.{index}.self_attn.kv_proj.weight"] = attention.qkv_proj.weight[:, queries:]
+        if attention.qkv_proj.bias is not None:
+            state[f"model.layers.{index}.self_attn.kv_proj.bias"] = attention.qkv_proj.bias[queries:]
+    fresh.load_state_dict(state)
+    return fresh
+
+
+def tokens_of(count: int, length: int = LENGTH) -> Tensor:
+    return torch.randint(0, 160, (count, length), generator=torch.Generator().manual_seed(5))
+
+
+def filled(model: Llama, depth: int, ids: list[int]) -> Cache:
+    """The cache of a prompt: all but its last token by the pass, the last one by the whole model."""
+    cache = Cache.empty(model.config, CONTEXT, model.dtype)
+    if depth < len(model.blocks):
+        prompt_pass(model, depth).fill(cache, ids[:-1])
+        model.step(cache, ids[-1:])
+    else:
+        model.step(cache, ids)
+    return cache
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in fp32 also where the processor has bfloat16."""
+    monkeypatch.setattr(sequences, "native_bfloat16", lambda: False)
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+def test_the_pass_leaves_what_the_planner_reckons_with(make_tiny: MakeTiny, depth: int, biased: bool) -> None:
+    """Keys and values of every layer are those of `PromptCache`, the boundary token's included."""
+    model = deployed(make_tiny, attention_bias=biased)
+    tokens = tokens_of(1)
+    cache = filled(model, depth, tokens[0, :PROMPT].tolist())
+    walk, x = PromptCache(model, PROMPT, depth), model.model.embed_tokens(tokens)
+    for index, layer in enumerate(model.blocks):
+        (keys, values), _ = walk.enter(index, x)
+        torch.testing.assert_close(keys, cache.keys[index][:, :, :PROMPT], atol=1e-5, rtol=0)
+        torch.testing.assert_close(values, cache.values[index][:, :, :PROMPT], atol=1e-5, rtol=0)
+        x = run_layer(model, layer, x)
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_continuation_loss_is_that_of_decoding_behind_the_pass(make_tiny: MakeTiny, depth: int) -> None:
+    """Step by step through the cache, as the runtime goes: the mean loss of the answer's tokens."""
+    model, tokens = deployed(make_tiny), tokens_of(3)
+    want = []
+    for row in tokens.tolist():
+        cache = filled(model, depth, row[:PROMPT])
+        logits = torch.stack([model.step(cache, [token])[-1] for token in row[PROMPT:]])
+        want.append(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(row[PROMPT + 1 :])))
+    losses = ContinuationLoss(model, [Batch(0, 1.0, tokens)], PROMPT, depth)
+    assert losses.of_mask(full_mask(model.config))[0] == pytest.approx(float(sum(want) / len(want)), abs=1e-5)
+
+
+def test_skipping_nothing_is_the_dense_cache_bit_for_bit(make_tiny: MakeTiny) -> None:
+    """With all layers run, depth makes no difference to a loss."""
+    model, batches = deployed(make_tiny), [Batch(0, 1.0, tokens_of(3))]
+    full = full_mask(model.config)
+    assert ContinuationLoss(model, batches, PROMPT, len(model.blocks)).of_mask(full) == ContinuationLoss(
+        model, batches, PROMPT
+    ).of_mask(full)
+
+
+def test_layers_below_the_first_skipped_one_hold_what_they_held(make_tiny: MakeTiny) -> None:
+    """Bit for bit: nothing below a skipped layer can know of it."""
+    model, ids = deployed(make_tiny), tokens_of(1)[0, :PROMPT].tolist()
+    dense, pruned = Cache.empty(model.config, CONTEXT, model.dtype), Cache.empty(model.config, CONTEXT, model.dtype)
+    prompt_pass(model, 3).fill(dense, ids)
+    prompt_pass(model, 1).fill(pruned, ids)
+    same = [torch.equal(a, b) for a, b in zip(dense.keys + dense.values, pruned.keys + pruned.values, strict=True)]
+    assert same == [True, True, False] * 2  # layer 1 writes before it is skipped
+
+
+@pytest.mark.usefixtures("exact")
+def test_repair_is_fitted_on_the_pruned_prompt(make_tiny: MakeTiny) -> None:
+    """A decode tier repaired behind a skipping prompt loses less behind one than a tier repaired behind a dense one."""
+    model, batches = deployed(make_tiny), [Batch(0, 1.0, tokens_of(64))]
+    halved = Mask(tuple(LayerDims(i, 4, 64) for i in range(3)))
+    losses = ContinuationLoss(model, batches, PROMPT, 1)
+    behind = {d: repair_tier(model, halved, batches, PROMPT, {0, 1, 2}, depth=d)[0] for d in (1, None)}
+    distance = {d: apart(losses, tier, halved) for d, tier in behind.items()}
+    assert distance[1] < distance[None]
+
+
+def apart(losses: ContinuationLoss, tier: Llama, mask: Mask) -> float:
+    """Mean squared distance of the residual stream behind the last layer from the dense model's."""
+    (batch,), prompt = losses.batches, losses.prompt
+    dense = run_blocks(losses.model, batch.tokens)[:, prompt:]
+    x = losses.model.model.embed_tokens(batch.tokens)
+    walk, ours = PromptCache(losses.model, prompt, 1), x[:, prompt:]
+    for index, layer in enumerate(losses.model.blocks):
+        past, _ = walk.enter(index, x)
+        ours = run_layer(tier, tier.blocks[index], ours, inherited(past, mask.layers[index].num_key_value_heads))
+        x = run_layer(losses.model, layer, x)
+    return float((ours - dense).pow(2).mean())
+
+
+def test_a_prompt_of_one_token_skips_nothing(make_tiny: MakeTiny) -> None:
+    """It is its own boundary."""
+    with pytest.raises(ValueError, match="boundary"):
+        PromptCache(deployed(make_tiny), 1, 2)
+
+
+KINDS = [
+    ("primitive", "float32", "fp32", False),
+    ("primitive", "float16", "int8", False),
+    ("native", "float32", "int4", False),
+    ("native", "float32", "int8", True),
+]
+
+
+@pytest.mark.parametrize(("dialect", "dtype", "precision", "static"), KINDS)
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+def test_the_graph_writes_what_pytorch_writes(
+    make_tiny: MakeTiny, tmp_path: Path, dialect: str, dtype: str, precision: str, static: bool, cut: bool
+) -> None:
+    """In two chunks, in every dialect and kind of storage, also where a tier below cuts q/k/v into pieces."""
+    config, tensors = make_tiny(attention_bias=True)
+    batches = [Batch(0, 1.0, tokens_of(4, 32))]
+    observed = observe(build_model(config, tensors, CONTEXT), batches, 32)
+    storage = Storage.choose(
+        precision, dtype, DIALECTS[dialect], {config.hidden_size, 32}, len(config.layers), static
+    )
+    masks = [full_mask(config), *([Mask((LayerDims(0, 1, 64), LayerDims(2, 3, 96)))] if cut else [])]
+    orders = [c.order() for c in observed.curves]
+    args = (config, tensors.__getitem__, orders, masks, storage, CONTEXT, observed, [b.tokens for b in batches])
+    table, _ = write_weights(tmp_path / "weights.bin", *args)
+    reader = WeightReader(tmp_path / "weights.bin")
+    with WeightWriter(tmp_path / "own.bin", "own.bin") as writer:
+        table = table.with_extras(WeightTable(key_value_entries(writer, table, reader, config, 1)))
+    export_prompt_pass(config, 1, DIALECTS[dialect], table, dtype, CONTEXT, tmp_path / "prefill.onnx")
+
+    reader = WeightReader(tmp_path / "weights.bin", {"own.bin": tmp_path / "own.bin"})
+    reference = load_prompt_pass(config, 1, table, reader, CONTEXT)
+    for module in reference.modules():
+        if isinstance(module, Projection):
+            module.input_scale = None
+    ids, want = tokens_of(1)[0].tolist(), Cache.empty(config, CONTEXT, torch.float32)
+    reference.fill(want, ids)
+    got = run_graph(tmp_path, ids, want, dtype)
+    scale = max(float(t.abs().max()) for t in want.keys + want.values)
+    worst = max(float((a - b).abs().max()) for a, b in zip(got, want.keys + want.values, strict=True))
+    assert worst < (4e-3 if dtype == "float16" else 1e-4) * scale  # 2^-11 per rounding through one layer; fp32 sums
+
+
+def run_graph(root: Path, ids: list[int], like: Cache, dtype: str) -> list[Tensor]:
+    """Keys, then values of all layers after the ids were appended in two chunks."""
+    ort = pytest.importorskip("onnxruntime")
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(root))
+    graph = without_rounded_inputs((root / "prefill.onnx").read_bytes())
+    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    assert [x.name for x in session.get_outputs() if "_cache_" not in x.name] == []  # no logits, no head
+    count = len(like.keys)
+    names = [f"{kind}_cache_{i}" for kind in "kv" for i in range(count)]
+    caches = [np.zeros(tuple(t.shape), dtype=dtype) for t in like.keys + like.values]
+    for start, chunk in ((0, ids[:7]), (7, ids[7:])):
+        positions = torch.arange(start, start + len(chunk))
+        feeds = {
+            "input_ids": np.array([chunk]),
+            "position_ids": positions[None].numpy(),
+            "write_index": np.array([start]),
+            "attn_mask": causal_mask(positions, like.capacity, getattr(torch, dtype)).numpy(),
+        }
+        caches = session.run(None, feeds | dict(zip(names, caches, strict=True)))
+    return [torch.from_numpy(c).float() for c in caches]
