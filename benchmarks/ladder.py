@@ -34,19 +34,17 @@ from eopc_compiler.model import Llama
 from eopc_compiler.pipeline import (
     choose_dialect,
     choose_precision,
-    deployed_model,
     load_checkpoint,
     observe_dense,
-    plan_energy,
     plan_tiers,
     read_calibration,
-    reference_energy,
-    repair,
     run_passes,
 )
 from eopc_compiler.planner import shrink_to_budget
+from eopc_compiler.pricing import plan_energy, reference_energy
 from eopc_compiler.sequences import fast_math, next_token_losses, run_blocks
 from eopc_compiler.state import BuildArgs, CompileState
+from eopc_compiler.stored_model import deployed_model, repair
 from eopc_compiler.tier_model import tier_view
 from eopc_runtime.profiles import load_profile
 from eopc_runtime.units import format_energy, parse_budgets
@@ -75,6 +73,7 @@ def main() -> None:
         output=folder / "ladder.eopc",
         precision=(options.precision,),
         search_seconds=options.search_seconds,
+        prefill_depth="all",
     )
     state = run_passes(
         CompileState(args, StageCache(folder / ".work", True), load_profile(args.device), click.echo, _no), PASSES

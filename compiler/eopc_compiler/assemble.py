@@ -20,7 +20,7 @@ from eopc_compiler.dialects import Dialect, EagerOps, rotary_tables
 from eopc_compiler.equalize import equalize_layer
 from eopc_compiler.export import WeightTable, row_count, unit_count
 from eopc_compiler.importance import Observations, Report, capture_inputs
-from eopc_compiler.ladder import Mask, UnitOrder, column_cuts, tier_cost
+from eopc_compiler.ladder import Mask, UnitOrder, column_cuts, prompt_cost, tier_cost
 from eopc_compiler.model import Block, Llama, Projection, PromptPass
 from eopc_compiler.quantize import Quantized, choose_block, gptq, round_to_nearest, static_scale
 from eopc_compiler.rotate import Rotation, rotate_head, rotate_layer
@@ -100,9 +100,12 @@ class Storage:
         """Bytes of one value of the compute type: scales, caches, unquantised weights."""
         return {"float32": 4, "float16": 2}[self.dtype]
 
-    def cost(self, config: LlamaConfig, mask: Mask) -> TierCost:
-        """What a tier stored this way costs to run, counted."""
-        return tier_cost(config, mask, self.bytes_per_weight, self.value_bytes)
+    def cost(self, config: LlamaConfig, mask: Mask, depth: int | None = None) -> TierCost:
+        """What a tier stored this way costs to run, counted; with `depth`, its prompts run through so many layers."""
+        cost = tier_cost(config, mask, self.bytes_per_weight, self.value_bytes)
+        if depth is None:
+            return cost
+        return replace(cost, prefill=prompt_cost(config, mask, depth, self.bytes_per_weight, self.value_bytes))
 
 
 def write_weights(

@@ -127,9 +127,7 @@ def trace(config: LlamaConfig, dialect: Dialect, dtype: torch.dtype, context: in
     return _trace(_Traced(llama), config, dialect, dtype, logits=True)
 
 
-def trace_prompt_pass(
-    config: LlamaConfig, depth: int, dialect: Dialect, dtype: torch.dtype, context: int
-) -> ir.Model:
+def trace_prompt_pass(config: LlamaConfig, depth: int, dialect: Dialect, dtype: torch.dtype, context: int) -> ir.Model:
     """The graph that fills a cache and runs only `depth` layers, initializers without meaningful values."""
     with torch.device("meta"):
         prompt = PromptPass(config, depth, dialect.ops, context).to(dtype)

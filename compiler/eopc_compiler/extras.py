@@ -52,8 +52,16 @@ class TierExtras:
                 entries[f"{owner}.bias"] = writer.tensor(r.bias, storage.dtype)
                 if r.weight is not None:
                     entries[f"{owner}.weight"] = writer.rows(r.weight, storage.dtype)
-        content = {"entries": WeightTable(entries).to_json(), "bytes": writer.histogram}
-        (folder / "table.json").write_text(json.dumps(content), encoding="utf-8")
+        _write_table(folder, entries, writer)
+
+    @classmethod
+    def write_keys_and_values(
+        cls, folder: Path, name: str, table: WeightTable, reader: WeightReader, config: LlamaConfig, depth: int
+    ) -> None:
+        """The same for a tier whose prompts skip the layers from `depth` on."""
+        with WeightWriter(folder / EXTRAS_FILE, name) as writer:
+            entries = key_value_entries(writer, table, reader, config, depth)
+        _write_table(folder, entries, writer)
 
     @classmethod
     def read(cls, folder: Path, name: str) -> TierExtras:
@@ -72,6 +80,11 @@ class TierExtras:
         biased = {name.split(".")[2] for name in self.table.entries if name.endswith(".bias")}
         layers = (replace(d, compensated=str(d.source_layer) in biased) for d in config.layers)
         return replace(config, layers=tuple(layers))
+
+
+def _write_table(folder: Path, entries: dict[str, Entry], writer: WeightWriter) -> None:
+    content = {"entries": WeightTable(entries).to_json(), "bytes": writer.histogram}
+    (folder / "table.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def key_value_entries(

@@ -122,6 +122,31 @@ def tier_cost(
     )
 
 
+def prompt_cost(
+    config: LlamaConfig, mask: Mask, depth: int, bytes_per_weight: Callable[[str, int], float], cache_bytes: int
+) -> TierCost:
+    """Count what the graph costs that runs prompts through `depth` layers: no head, and K and V of the others.
+
+    Arguments as those of `tier_cost`.
+    """
+    whole = tier_cost(config, mask, bytes_per_weight, cache_bytes)
+    run = [
+        (name, d.source_layer, k, n) for d in mask.layers[:depth] for name, (k, n) in matrix_shapes(config, d).items()
+    ]
+    sizes = run + [
+        ("self_attn.qkv_proj", d.source_layer, config.hidden_size, 2 * d.num_key_value_heads * config.head_dim)
+        for d in mask.layers[depth:]
+    ]
+    attending = tier_cost(config, Mask(mask.layers[:depth]), bytes_per_weight, cache_bytes)
+    return replace(
+        whole,
+        weight_bytes=round(sum(k * n * bytes_per_weight(name, source) for name, source, k, n in sizes)),
+        flops_per_token=2.0 * sum(k * n for _, _, k, n in sizes),
+        head_flops=0.0,
+        attn_flops_per_context=attending.attn_flops_per_context,
+    )
+
+
 def parameter_count(config: LlamaConfig, mask: Mask) -> int:
     """Parameters of the sliced model, a tied embedding counted once."""
     return tier_config(config, mask).param_count

@@ -11,6 +11,7 @@ Prefill, then 16 cached decode steps, teacher-forced. Two comparisons:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from eopc_compiler.model import Llama, Projection
+from eopc_compiler.model import Cache, Llama, Projection, PromptPass
 from eopc_runtime.bundle import Bundle, TierInfo
 from eopc_runtime.errors import ParityError
 from eopc_runtime.memory import release_memory
@@ -31,13 +32,37 @@ PROMPT = 48
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
 
 
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A tier in PyTorch: the model, and the pass its prompts run through where that is another one."""
+
+    model: Llama
+    prompt: PromptPass | None = None
+
+    def logits(self, tokens: list[int]) -> npt.NDArray[np.float32]:
+        """Logits [len(tokens), vocab] of a sequence; behind a pruned prompt, only from its last token on."""
+        with torch.no_grad():
+            if self.prompt is None:
+                return self.model.score(torch.tensor([tokens]))[0].numpy()
+            cache = Cache.empty(self.model.config, len(tokens), torch.float32)
+            self.prompt.fill(cache, tokens[: PROMPT - 1])
+            return self.model.step(cache, tokens[PROMPT - 1 :]).numpy()
+
+    def unround(self) -> None:
+        """Leave inputs as they are from now on."""
+        for part in filter(None, (self.model, self.prompt)):
+            for module in part.modules():
+                if isinstance(module, Projection):
+                    module.input_scale = None
+
+
 def check_parity(
-    bundle: Bundle, info: TierInfo, reference: Llama, tokens: list[int], dtype: str
+    bundle: Bundle, info: TierInfo, reference: Reference, tokens: list[int], dtype: str
 ) -> dict[str, float | int]:
     """Compare a tier's graph with its PyTorch model on PROMPT + STEPS tokens.
 
     Args:
-        reference: `load_tier` of the tier; its inputs are no longer rounded afterwards.
+        reference: of `load_tier`, and `load_prompt_pass`; its inputs are no longer rounded afterwards.
         dtype: the graph's compute type.
 
     Returns:
@@ -46,13 +71,13 @@ def check_parity(
     Raises:
         ParityError: the exact error is above the tolerance.
     """
-    shipped = _error(_logits(OrtTier(bundle, info), tokens), _reference_logits(reference, tokens))
+    shipped = _error(_logits(OrtTier(bundle, info), tokens), reference.logits(tokens))
     release_memory()  # of the first session, before the second is opened
-    for module in reference.modules():
-        if isinstance(module, Projection):
-            module.input_scale = None
+    reference.unround()
     graph = without_rounded_inputs(bundle.path(info.graph).read_bytes())
-    exact = _error(_logits(OrtTier(bundle, info, exact=graph), tokens), _reference_logits(reference, tokens))
+    prompt = without_rounded_inputs(bundle.path(info.prefill.graph).read_bytes()) if info.prefill else None
+    runner = OrtTier(bundle, info, exact=graph, exact_prefill=prompt)
+    exact = _error(_logits(runner, tokens), reference.logits(tokens))
     if not exact <= TOLERANCE[dtype]:
         raise ParityError(
             f"{info.tier}: the exported graph differs from PyTorch by {exact:.2e} of the largest logit "
@@ -86,16 +111,12 @@ def without_rounded_inputs(graph: bytes) -> bytes:
 
 
 def _logits(runner: OrtTier, tokens: list[int]) -> npt.NDArray[np.float32]:
-    """Logits [len(tokens), vocab] of a prefill and one cached step per further token."""
+    """The same through the runtime: a prefill, and one cached step per further token."""
     cache = runner.new_cache()
-    rows = [runner.forward(cache, tokens[:PROMPT], logits="all")]
+    pruned = runner.prunes_prefill
+    rows = [runner.prefill(cache, tokens[:PROMPT]) if pruned else runner.forward(cache, tokens[:PROMPT], logits="all")]
     rows += [runner.forward(cache, [token]).copy() for token in tokens[PROMPT:]]
     return np.concatenate(rows)
-
-
-def _reference_logits(reference: Llama, tokens: list[int]) -> npt.NDArray[np.float32]:
-    with torch.no_grad():
-        return reference.score(torch.tensor([tokens]))[0].numpy()
 
 
 def _error(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:

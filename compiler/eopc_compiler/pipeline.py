@@ -12,41 +12,46 @@ from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean as mean
-from typing import Any
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from eopc_compiler.assemble import Storage, load_tier, write_weights
 from eopc_compiler.board.rules import lists_for, require_allowed
 from eopc_compiler.board.tensorrt_graph import outline_for_tensorrt
 from eopc_compiler.calibration import CalibrationSet, Split, build_calibration, read_mixture, select_calibration
 from eopc_compiler.checkpoint import open_checkpoint, with_tensors
 from eopc_compiler.config import LlamaConfig
-from eopc_compiler.cut import cut_weights
 from eopc_compiler.dialects import DIALECTS
-from eopc_compiler.export import WeightTable, export_tier
-from eopc_compiler.extras import EXTRAS_FILE, EXTRAS_SHARE, TierExtras, own_matrices, rounding
-from eopc_compiler.handover import ContinuationLoss, Repaired, repair_tier
+from eopc_compiler.export import WeightTable, export_prompt_pass, export_tier
+from eopc_compiler.extras import EXTRAS_FILE, TierExtras
+from eopc_compiler.handover import ContinuationLoss
 from eopc_compiler.importance import Report, observe
 from eopc_compiler.ladder import Mask, full_mask, read_masks, tier_config
-from eopc_compiler.model import Llama, build_model
 from eopc_compiler.observations_file import load_observations, save_observations
 from eopc_compiler.planner import Objective, TierPlan, plan_ladder, plan_masks
+from eopc_compiler.prefill_planner import Behind, depths_to_try, plan_prefill
+from eopc_compiler.pricing import must_prune, plan_energy, reference_energy, storage_for
 from eopc_compiler.proxies import compile_proxies
 from eopc_compiler.recover import RECOVERY_TOKENS, RecoverSettings, recover_ladder, training_windows
 from eopc_compiler.sequences import mean_loss
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_plan
 from eopc_compiler.state import CompileState, PrecisionTrial
+from eopc_compiler.stored_model import (
+    added_loss,
+    dense_model,
+    deployed_model,
+    read_table,
+    repair,
+    repair_inputs,
+    stored_weights,
+)
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
 from eopc_runtime import __version__
-from eopc_runtime.energy import prior_energy, prior_table
 from eopc_runtime.errors import DeviceError, UsageError
 from eopc_runtime.memory import release_memory
 
 Pass = Callable[[CompileState], CompileState]
 
-ROUNDING_WINDOWS = 6  # per domain
 FINALIST_WINDOWS = 4  # per domain: enough to tell candidates apart
 FFN_ALIGNMENT = 64  # channels; tensor cores and MatMulNBits blocks want widths in this step
 
@@ -66,6 +71,7 @@ def load_checkpoint(state: CompileState) -> CompileState:
     work, limit = state.args.workload, checkpoint.config.max_position_embeddings
     if work.prompt_tokens + work.new_tokens > limit:
         raise UsageError(f"the workload {work} does not fit the {limit} positions of {checkpoint.name}. Shorten it.")
+    prefill_depths(state.args.prefill_depth, len(checkpoint.config.layers))  # nor should a depth that cannot be
     if state.args.context > limit:
         state.say(f"{checkpoint.name} has {limit} positions: prompt plus answer are limited to that")
     return replace(state, checkpoint=checkpoint, align=align)
@@ -180,6 +186,8 @@ def plan_tiers(state: CompileState) -> CompileState:
         return plan_energy(state, mask, storage)
 
     if state.args.masks:
+        if isinstance(state.args.prefill_depth, int):
+            raise UsageError("--mask gives every tier, so --prefill-depth has no place. Leave one of them out.")
         orders, masks = read_masks(state.args.masks, state.config, state.align)
         return replace(state, orders=orders, plan=plan_masks(full, masks, state.args.budgets_j, price))
     inputs = {
@@ -190,6 +198,7 @@ def plan_tiers(state: CompileState) -> CompileState:
         "dense_j": price(full),  # stands for device, workload, precision and dialect
         "halves_j": price(Mask(full.layers[::2])),
         "search_seconds": state.args.search_seconds,
+        "prefill_depth": state.args.prefill_depth,
         "seed": state.args.seed,
     }
 
@@ -208,6 +217,24 @@ def plan_tiers(state: CompileState) -> CompileState:
         objective = Objective(state.observations.curves, price, measured, repaired, state.align)
         args = state.args
         tiers = plan_ladder(full, args.budgets_j, objective, args.search_seconds, args.seed, state.tick)
+
+        def behind(depth: int) -> Behind:
+            assert state.selection
+            losses = ContinuationLoss(model, state.selection.batches(), args.prompt_part, depth)
+
+            def loss(mask: Mask) -> float:
+                if mask == full:
+                    return mean(losses.of_mask(mask).values())
+                count = state.counter("repairing a candidate")
+                return mean(
+                    losses.of_tier(repair(state, model, mask, FINALIST_WINDOWS, count, depth)[0], mask).values()
+                )
+
+            return Behind(lambda mask: plan_energy(state, mask, storage, depth), loss)
+
+        depths = prefill_depths(args.prefill_depth, len(full.layers))
+        always = isinstance(args.prefill_depth, int)
+        tiers = plan_prefill(tiers, depths, behind, state.observations.curves, state.align, state.say, always)
         path.write_text(json.dumps([asdict(t) for t in tiers]), encoding="utf-8")
 
     path = state.cache.get("plan", inputs, ".json", produce)
@@ -225,7 +252,7 @@ def recover_shared(state: CompileState) -> CompileState:
 
     By the sandwich rule, so that nesting holds; t0 stays within `RecoverSettings.t0_bound` nats of the dense model.
     """
-    minutes, masks = state.args.recover_minutes, [t.mask for t in state.plan]
+    minutes, masks = state.args.recover_minutes, [t.mask for t in state.plan if t.depth is None]
     if not minutes or all(mask == full_mask(state.config) for mask in masks):
         return state
     assert state.checkpoint and state.selection and state.calibration
@@ -280,17 +307,35 @@ def repair_tiers(state: CompileState) -> CompileState:
     extras: list[TierExtras] = [TierExtras.none()]
     for index, tier in enumerate(state.plan[1:], start=1):
         name = f"tiers/t{index}/{EXTRAS_FILE}"
-        inputs = {**repair_inputs(state), "mask": asdict(tier.mask), "file": name, "weights": weights.parent.name}
-
+        depth = state.plan[tier.prefill].depth
+        inputs = {
+            **repair_inputs(state),
+            "mask": asdict(tier.mask),
+            "depths": [tier.depth, depth],
+            "file": name,
+            "weights": weights.parent.name,
+        }
         report = state.counter(f"repairing t{index}")
 
-        def produce(path: Path, mask: Mask = tier.mask, name: str = name, report: Report = report) -> None:
-            _, repaired = repair(state, model(), mask, report=report)
+        def produce(
+            path: Path,
+            tier: TierPlan = tier,
+            depth: int | None = depth,
+            name: str = name,
+            report: Report = report,
+        ) -> None:
+            assert state.table
             path.mkdir()
-            TierExtras.write(path, name, repaired, storage)
+            if tier.depth is None:
+                _, repaired = repair(state, model(), tier.mask, report=report, depth=depth)
+                TierExtras.write(path, name, repaired, storage)
+            else:
+                config = tier_config(state.config, tier.mask)
+                TierExtras.write_keys_and_values(path, name, state.table, WeightReader(weights), config, tier.depth)
             release_memory()
 
-        state.say(f"repairing t{index} of t1..t{len(state.plan) - 1} on the cache it inherits from t0")
+        if tier.depth is None:
+            state.say(f"repairing t{index} of t1..t{len(state.plan) - 1} on the cache it inherits from t{tier.prefill}")
         extras.append(TierExtras.read(state.cache.get(f"extras-t{index}", inputs, "", produce), name))
     totals = Counter(state.bytes_by_type)
     for own in extras:
@@ -301,7 +346,7 @@ def repair_tiers(state: CompileState) -> CompileState:
 def export_graphs(state: CompileState) -> CompileState:
     """Trace and write every tier's graph."""
     assert state.dialect and state.storage and state.table and state.weights
-    graphs = []
+    graphs, prompt_graphs = list[Path](), dict[int, Path]()
     for index, tier in enumerate(state.plan):
         extras = state.extras[index]
         config, table = extras.config(tier_config(state.config, tier.mask)), state.table.with_extras(extras.table)
@@ -309,6 +354,7 @@ def export_graphs(state: CompileState) -> CompileState:
             "version": __version__,
             "torch": torch.__version__,
             "config": asdict(config),
+            "depth": tier.depth,
             "dialect": state.dialect.name,
             "dtype": state.storage.dtype,
             "weights": state.weights.parent.name,
@@ -316,13 +362,24 @@ def export_graphs(state: CompileState) -> CompileState:
             "context": state.args.context,
         }
 
-        def produce(path: Path, config: LlamaConfig = config, table: WeightTable = table) -> None:
+        def produce(
+            path: Path, config: LlamaConfig = config, table: WeightTable = table, depth: int | None = tier.depth
+        ) -> None:
             assert state.dialect and state.storage
-            export_tier(config, state.dialect, table, state.storage.dtype, state.args.context, path)
+            dialect, dtype, context = state.dialect, state.storage.dtype, state.args.context
+            if depth is None:
+                export_tier(config, dialect, table, dtype, context, path)
+            else:
+                export_prompt_pass(config, depth, dialect, table, dtype, context, path)
 
         state.say(f"exporting t{index} of t0..t{len(state.plan) - 1} ({state.dialect.name} dialect)")
-        graphs.append(state.cache.get(f"graph-t{index}", inputs, ".onnx", produce))
-    return replace(state, graphs=tuple(graphs))
+        graph = state.cache.get(f"graph-t{index}", inputs, ".onnx", produce)
+        if tier.depth is None:
+            graphs.append(graph)
+        else:  # it keeps everything: its answers run the graph of t0
+            prompt_graphs[index] = graph
+            graphs.append(graphs[0])
+    return replace(state, graphs=tuple(graphs), prompt_graphs=prompt_graphs)
 
 
 def check_operators(state: CompileState) -> CompileState:
@@ -333,9 +390,24 @@ def check_operators(state: CompileState) -> CompileState:
     """
     assert state.dialect
     if lists := lists_for(state.profile.name, state.dialect.name):
-        for index, graph in enumerate(state.graphs):
+        for index, graph in [*enumerate(state.graphs), *state.prompt_graphs.items()]:
             require_allowed(outline_for_tensorrt(graph, state.args.context), lists, f"t{index}")
     return state
+
+
+def prefill_depths(asked: int | Literal["auto", "all"], layers: int) -> tuple[int, ...]:
+    """Depths of prefill to try: those of the paper's range, none, or the one asked for.
+
+    Raises:
+        UsageError: the model has no so many layers to skip some.
+    """
+    if asked == "auto":
+        return depths_to_try(layers)
+    if asked == "all":
+        return ()
+    if not 1 <= asked < layers:
+        raise UsageError(f"--prefill-depth {asked} must be between 1 and {layers - 1}, one less than the layers.")
+    return (asked,)
 
 
 PASSES: tuple[Pass, ...] = (
@@ -366,140 +438,3 @@ def run_passes(state: CompileState, passes: tuple[Pass, ...] = PASSES) -> Compil
         if state.args.dry_run and step is write_plan_only:
             break
     return state
-
-
-def storage_for(state: CompileState, precision: str) -> Storage:
-    """How a precision is stored for this model, device and dialect."""
-    assert state.dialect is not None
-    config = state.config
-    q_widths = {d.num_key_value_heads * config.query_group_size * config.head_dim for d in config.layers}
-    widths = {config.hidden_size, config.query_group_size * config.head_dim, state.align, *q_widths}
-    profile, layers = state.profile, len(config.layers)
-    static_inputs = profile.precision(precision).static_inputs
-    return Storage.choose(precision, profile.compute_dtype, state.dialect, widths, layers, static_inputs)
-
-
-def must_prune(state: CompileState) -> bool:
-    """Whether some budget may be below the dense model's price, so that units have to be ranked."""
-    assert state.dialect is not None
-    if state.args.masks:
-        return True  # which layers are repaired still depends on the curves
-    allowed = state.profile.precisions_for(state.dialect.name)
-    wanted = allowed if "auto" in state.args.precision else state.args.precision
-    full = full_mask(state.config)
-    dearest = max(plan_energy(state, full, storage_for(state, precision)) for precision in wanted)
-    return dearest > min(state.args.budgets_j)
-
-
-def reference_energy(state: CompileState, mask: Mask, storage: Storage) -> float:
-    """Joules of the reference workload, both phases on this tier."""
-    work = state.args.workload
-    energy = prior_energy(state.profile, "t0", storage.cost(state.config, mask), storage.precision)
-    return energy.sequence_j(work.prompt_tokens, work.new_tokens)
-
-
-def plan_energy(state: CompileState, mask: Mask, storage: Storage) -> float:
-    """Joules of the reference workload for the plan t0>tier: the prompt on the whole model, the answer on the tier."""
-    work = state.args.workload
-    costs = {"t0": storage.cost(state.config, full_mask(state.config)), "t1": storage.cost(state.config, mask)}
-    table = prior_table(state.profile, costs, storage.precision, 0.0)
-    return table.plan_price_j(0, 1, work.prompt_tokens, work.new_tokens)
-
-
-def repair(
-    state: CompileState,
-    model: Llama,
-    mask: Mask,
-    most: int | None = None,
-    report: Report | None = None,
-) -> tuple[Llama, tuple[Repaired, ...]]:
-    """A tier repaired on the calibration text, within its share of bytes of its own; on `most` windows of a domain."""
-    assert state.calibration and state.storage and state.observations
-    storage, config = state.storage, state.config
-    limit = None if state.args.independent else EXTRAS_SHARE / max(1, len(state.args.budgets_j))
-    own = own_matrices(config, mask, state.observations.curves, storage, limit)
-    text = state.calibration.batches(most=most)
-    return repair_tier(model, mask, text, state.args.prompt_part, own, rounding(storage), report)
-
-
-def repair_inputs(state: CompileState) -> dict[str, Any]:
-    """What a repair depends on, besides the mask."""
-    assert state.checkpoint and state.calibration
-    return {
-        "version": __version__,
-        "model": state.checkpoint.fingerprint,
-        "text": state.calibration.fingerprint,
-        "storage": asdict(state.storage) if state.storage else None,
-        "independent": state.args.independent,
-        "budgets": len(state.args.budgets_j),
-        "prompt": state.args.prompt_part,
-    }
-
-
-def deployed_model(state: CompileState, storage: Storage) -> Llama:
-    """The whole model as it is stored: deployment form, units sorted, rounded, rotated where quantised; fp32."""
-    folder = stored_weights(state, storage, [full_mask(state.config)])
-    table, _ = read_table(folder)
-    return load_tier(state.config, table, WeightReader(folder / WEIGHTS_FILE), state.args.context)
-
-
-def added_loss(state: CompileState, storage: Storage) -> dict[str, float]:
-    """Nats per token that quantising the dense model adds, by domain, on the selection split."""
-    assert state.selection is not None
-    model = deployed_model(state, storage)
-    added = {}
-    for name, windows in state.selection.domains:
-        report = state.counter(f"{storage.precision} on {name}", "windows")
-        added[name] = mean_loss(model, windows, report) - state.dense_loss[f"selection.{name}"]
-    return added
-
-
-def stored_weights(state: CompileState, storage: Storage, masks: list[Mask]) -> Path:
-    """A folder with weights.bin for a ladder and table.json; the model is rounded once, whatever the ladder."""
-    assert state.checkpoint and state.calibration
-    checkpoint, calibration, config = state.checkpoint, state.calibration, state.config
-    full = [full_mask(config)]
-    inputs = {
-        "version": __version__,
-        "model": checkpoint.fingerprint,
-        "orders": [asdict(o) for o in state.orders],
-        "masks": [asdict(m) for m in masks],
-        "storage": asdict(storage),
-        "text": calibration.fingerprint,
-        "context": state.args.context,
-    }
-
-    def produce(path: Path) -> None:
-        file = path / WEIGHTS_FILE
-        path.mkdir()
-        if storage.bits and masks != full:
-            whole = stored_weights(state, storage, full)
-            table, histogram = cut_weights(
-                file, read_table(whole)[0], WeightReader(whole / WEIGHTS_FILE), config, masks
-            )
-        else:
-            tokens, report = rounding_text(calibration), state.counter(f"writing {storage.precision} weights")
-            args = (config, checkpoint.tensor, state.orders, masks, storage, state.args.context)
-            table, histogram = write_weights(file, *args, state.observations, tokens, report)
-        content = {"entries": table.to_json(), "bytes": histogram}
-        (path / "table.json").write_text(json.dumps(content), encoding="utf-8")
-
-    return state.cache.get("weights", inputs, "", produce)
-
-
-def read_table(folder: Path) -> tuple[WeightTable, dict[str, int]]:
-    """Where everything lies in a folder's weights.bin, and how many bytes each stored type takes."""
-    content = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-    return WeightTable.from_json(content["entries"]), content["bytes"]
-
-
-def dense_model(state: CompileState) -> Llama:
-    """The whole model in fp32, checkpoint form."""
-    assert state.checkpoint is not None
-    tensors = {name: state.checkpoint.tensor(name) for name in state.checkpoint.tensor_names}
-    return build_model(state.config, tensors, state.args.context)
-
-
-def rounding_text(calibration: CalibrationSet) -> list[Tensor]:
-    """The windows GPTQ sees: fewer than statistics for pruning need, as its cost grows with every token."""
-    return [batch.tokens for batch in calibration.batches(4, most=ROUNDING_WINDOWS)]

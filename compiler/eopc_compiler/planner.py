@@ -42,6 +42,8 @@ class TierPlan:
     note: str
     considered: tuple[dict[str, float], ...] = ()  # the finalists: layers kept, joules, predicted and measured loss
     evaluations: int = 0
+    prefill: int = 0  # the tier that runs the prompts in the plan this one is priced and repaired for
+    depth: int | None = None  # layers that prompts run through on this tier; None: all
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> TierPlan:

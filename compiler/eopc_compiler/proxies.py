@@ -63,7 +63,7 @@ def _compile_tier(
     state: CompileState, bundle: Bundle, info: TierInfo, target: BuildTarget, settings: BuildSettings
 ) -> dict[str, Any]:
     engines = []
-    for phase, graph in phase_graphs(bundle, info).items():
+    for phase, graph in phase_graphs(info).items():
 
         def produce(path: Path, phase: str = phase, graph: str = graph) -> None:
             state.say(f"compiling {info.tier} with {target.title}")

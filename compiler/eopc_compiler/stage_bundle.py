@@ -17,10 +17,11 @@ from typing import Any, cast
 
 import torch
 
-from eopc_compiler.assemble import load_tier
+from eopc_compiler.assemble import load_prompt_pass, load_tier
 from eopc_compiler.importance import Report
 from eopc_compiler.ladder import keep_shares, mask_to_json, parameter_count, tier_config
-from eopc_compiler.parity import PROMPT, STEPS, check_parity
+from eopc_compiler.parity import PROMPT, STEPS, Reference, check_parity
+from eopc_compiler.planner import TierPlan
 from eopc_compiler.state import CompileState
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
 from eopc_runtime import __version__
@@ -29,6 +30,7 @@ from eopc_runtime.bundle import (
     LayerInfo,
     Manifest,
     ModelInfo,
+    PrefillInfo,
     TierInfo,
     Workload,
     file_entry,
@@ -63,6 +65,8 @@ def write_plan(state: CompileState) -> Path:
                 "selection_loss": t.loss,
                 "loss_added": t.loss - dense.loss,
                 "note": t.note,
+                "plan": f"t{i}" if t.prefill == i else f"t{t.prefill}>t{i}",
+                "prefill_depth": t.depth,
                 "keep": keep_shares(state.config, t.mask),
                 "layers_removed": sorted(
                     {d.source_layer for d in dense.mask.layers} - {d.source_layer for d in t.mask.layers}
@@ -91,7 +95,9 @@ def stage_bundle(state: CompileState) -> CompileState:
     for i, (tier, graph) in enumerate(zip(state.plan, state.graphs, strict=True)):
         folder = root / "tiers" / f"t{i}"
         folder.mkdir()
-        shutil.copy(graph, folder / "model.onnx")
+        shutil.copy(graph, root / graph_path(i, tier))
+        if i in state.prompt_graphs:
+            shutil.copy(state.prompt_graphs[i], root / prompt_graph_path(i))
         for name, path in state.extras[i].files.items():
             place(path, root / name)
         mask = mask_to_json(f"t{i}", tier.mask, state.orders)
@@ -103,6 +109,16 @@ def stage_bundle(state: CompileState) -> CompileState:
     return replace(state, staged=root)
 
 
+def graph_path(index: int, tier: TierPlan) -> str:
+    """Where a tier's graph lies in the bundle: one for both phases, or that of decode."""
+    return f"tiers/t{index}/{'model' if tier.depth is None else 'decode'}.onnx"
+
+
+def prompt_graph_path(index: int) -> str:
+    """Where the graph lies that prompts run through, where it is another one."""
+    return f"tiers/t{index}/prefill.onnx"
+
+
 def check_and_measure(state: CompileState) -> CompileState:
     """The parity gate and the perplexities, then the final manifest.
 
@@ -112,25 +128,30 @@ def check_and_measure(state: CompileState) -> CompileState:
     assert state.staged and state.table and state.weights and state.storage and state.heldout
     bundle = Bundle.open(state.staged, verify=False)
     reader = WeightReader(state.weights, {name: path for e in state.extras for name, path in e.files.items()})
-    infos = []
+    infos, losses = list[TierInfo](), dict[str, float]()
     dense_losses = [state.dense_loss[f"heldout.{name}"] for name in state.heldout.names]
     dense = math.exp(sum(dense_losses) / len(dense_losses))
     for tier, extras, info in zip(state.plan, state.extras, bundle.manifest.tiers, strict=True):
         state.say(f"checking {info.tier} against PyTorch, {STEPS} cached steps")
         config = extras.config(tier_config(state.config, tier.mask))
-        reference = load_tier(config, state.table.with_extras(extras.table), reader, state.args.context)
+        table, context = state.table.with_extras(extras.table), state.args.context
+        reference = Reference(
+            load_tier(config, table, reader, context),
+            None if tier.depth is None else load_prompt_pass(config, tier.depth, table, reader, context),
+        )
         tokens = state.heldout.tokens[0, : PROMPT + STEPS].tolist()
         parity = check_parity(bundle, info, reference, tokens, state.storage.dtype)
         del reference
         release_memory()
-        state.say(f"measuring the perplexity of {info.tier}")
-        runner = OrtTier(bundle, info)
-        losses = {
-            name: runtime_loss(runner, windows, state.counter(f"{info.tier} on {name}", "windows"))
-            for name, windows in state.heldout.domains
-        }
-        del runner
-        release_memory()  # before the next tier's reference is loaded
+        if tier.depth is None:  # else the graph is t0's, and so is its perplexity
+            state.say(f"measuring the perplexity of {info.tier}")
+            runner = OrtTier(bundle, info)
+            losses = {
+                name: runtime_loss(runner, windows, state.counter(f"{info.tier} on {name}", "windows"))
+                for name, windows in state.heldout.domains
+            }
+            del runner
+            release_memory()  # before the next tier's reference is loaded
         infos.append(
             replace(
                 info,
@@ -159,7 +180,7 @@ def runtime_loss(runner: OrtTier, windows: torch.Tensor, report: Report) -> floa
 def energy_table(state: CompileState) -> EnergyTable:
     """Prior prices of every tier on the device."""
     assert state.storage is not None
-    costs = {f"t{i}": state.storage.cost(state.config, t.mask) for i, t in enumerate(state.plan)}
+    costs = {f"t{i}": state.storage.cost(state.config, t.mask, t.depth) for i, t in enumerate(state.plan)}
     return prior_table(state.profile, costs, state.storage.precision, 0.0)
 
 
@@ -171,7 +192,7 @@ def manifest(state: CompileState, root: Path, table: EnergyTable) -> Manifest:
         TierInfo(
             tier=f"t{i}",
             budget_j=t.budget_j,
-            energy_j=table.plan_price_j(i, i, work.prompt_tokens, work.new_tokens),
+            energy_j=table.plan_price_j(t.prefill, i, work.prompt_tokens, work.new_tokens),
             energy_source=table.source,
             perplexity=None,
             perplexity_dense=None,
@@ -179,11 +200,12 @@ def manifest(state: CompileState, root: Path, table: EnergyTable) -> Manifest:
             params=parameter_count(config, t.mask),
             keep=keep_shares(config, t.mask),
             layers=tuple(LayerInfo(d.source_layer, d.num_key_value_heads, d.intermediate_size) for d in t.mask.layers),
-            cost=state.storage.cost(config, t.mask),
-            graph=f"tiers/t{i}/model.onnx",
+            cost=state.storage.cost(config, t.mask, t.depth),
+            graph=graph_path(i, t),
             mask=f"tiers/t{i}/mask.json",
             note=t.note,
             parity={},
+            prefill=None if t.depth is None else PrefillInfo(t.depth, prompt_graph_path(i)),
         )
         for i, t in enumerate(state.plan)
     )

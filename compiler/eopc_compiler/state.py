@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eopc_compiler.assemble import Storage
 from eopc_compiler.cache import StageCache
@@ -54,6 +54,7 @@ class BuildArgs:
     search_seconds: float = 30.0
     recover_minutes: float = 0.0  # of distilling the shared weights from the dense model
     proxy: str = "ends"  # which tiers are compiled without a GPU: the largest and the smallest ("ends"), "all", "none"
+    prefill_depth: int | Literal["auto", "all"] = "auto"  # layers that prompts run through on one tier of the ladder
     independent: bool = False  # every tier may have all its down_proj of its own
     calibration_windows: int = 12  # per domain
     calibration_length: int = 256  # tokens
@@ -100,6 +101,7 @@ class CompileState:
     bytes_by_type: dict[str, int] = field(default_factory=dict)
     extras: tuple[TierExtras, ...] = ()
     graphs: tuple[Path, ...] = ()
+    prompt_graphs: dict[int, Path] = field(default_factory=dict)  # by tier index, where prompts skip layers
     staged: Path | None = None  # the bundle before it is renamed into place
     tiers: tuple[dict[str, Any], ...] = ()
 

@@ -199,6 +199,27 @@ class LayerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillInfo:
+    """Prefill-only pruning (POP, arXiv 2602.03295): prompts run through the first `depth` layers, by this graph.
+
+    It fills the caches of all layers with all tokens but the last, which is a step of the tier's own graph.
+    """
+
+    depth: int
+    graph: str
+
+    @classmethod
+    def from_fields(cls, tier: Fields) -> PrefillInfo | None:
+        """Read the record of a tier strictly; null for none."""
+        if tier.raw("prefill") is None:
+            return None
+        fields = tier.child("prefill")
+        info = cls(fields.integer("depth", minimum=1), fields.text("graph"))
+        fields.done()
+        return info
+
+
+@dataclass(frozen=True, slots=True)
 class TierInfo:
     """One rung of the ladder; `keep` are shares of layers, KV groups and FFN units kept, 0 to 1."""
 
@@ -218,6 +239,7 @@ class TierInfo:
     note: str
     parity: Mapping[str, object]
     proxy: Mapping[str, object] = field(default_factory=dict)  # of a build by TensorRT-RTX, or why there was none
+    prefill: PrefillInfo | None = None  # where prompts run through a graph of their own
 
     @classmethod
     def from_fields(cls, fields: Fields) -> TierInfo:
@@ -239,8 +261,13 @@ class TierInfo:
             note=fields.text("note"),
             parity=fields.mapping("parity"),
             proxy=fields.mapping("proxy") if "proxy" in fields else {},
+            prefill=PrefillInfo.from_fields(fields) if "prefill" in fields else None,
         )
         fields.done()
+        if (tier.prefill is None) != (tier.cost.prefill is None):
+            fields.fail("a tier whose prompts run through another graph has its path and its cost, both or neither.")
+        if tier.prefill is not None and tier.prefill.depth >= len(tier.layers):
+            fields.fail(f"prompts cannot run through {tier.prefill.depth} of {len(tier.layers)} layers and skip some.")
         return tier
 
 
@@ -385,7 +412,11 @@ def _check_files(manifest: Manifest) -> None:
         ENERGY_NAME,
         WEIGHTS_NAME,
         TOKENIZER_NAME,
-        *(p for tier in manifest.tiers for p in (tier.graph, tier.mask)),
+        *(
+            p
+            for tier in manifest.tiers
+            for p in (tier.graph, tier.mask, *([tier.prefill.graph] if tier.prefill else []))
+        ),
     ]
     for path in needed:
         if path not in paths:

@@ -73,10 +73,17 @@ class TierCost:
             flops_per_token=fields.number("flops_per_token", minimum=0),
             head_flops=fields.number("head_flops", minimum=0),
             attn_flops_per_context=fields.number("attn_flops_per_context", minimum=0),
-            prefill=cls.from_fields(fields.child("prefill")) if fields.get("prefill") is not None else None,
+            prefill=_read_prefill(fields),
         )
         fields.done()
         return cost
+
+
+def _read_prefill(fields: Fields) -> TierCost | None:
+    """The work of a prefill graph of its own; bundles of earlier versions do not name it."""
+    if "prefill" not in fields or fields.raw("prefill") is None:
+        return None
+    return TierCost.from_fields(fields.child("prefill"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,8 +275,35 @@ def prior_energy(profile: DeviceProfile, tier: str, cost: TierCost, precision: s
     """Price a tier on a device from its profile; DeviceError if the device does not run the precision.
 
     A decode step at context c moves weight_bytes + c kv_bytes_per_token; a prefill of n tokens reads the
-    weights once, writes n tokens of KV and has n^2 / 2 query-context pairs under the causal mask.
+    weights once, writes n tokens of KV and has n^2 / 2 query-context pairs under the causal mask. Where prompts run
+    through a graph of their own, a prefill is that graph over n tokens and one step.
     """
+    own = _prior_terms(profile, cost, precision)
+    prompt = own if cost.prefill is None else _prior_terms(profile, cost.prefill, precision)
+    boundary = _Terms(0.0, 0.0, 0.0, 0.0) if cost.prefill is None else own
+    return TierEnergy(
+        tier=tier,
+        prefill_j0=prompt.once_j + boundary.once_j + boundary.token_j,
+        prefill_j1=prompt.token_j + prompt.context_j + boundary.context_j + boundary.attn_j,
+        prefill_j2=prompt.attn_j / 2,
+        step_j0=own.once_j + own.token_j,
+        step_jn=own.context_j + own.attn_j,  # a step attends to n + i tokens, so both cost the same
+        step_ji=own.context_j + own.attn_j,
+        source=profile.energy_source,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """Joules of a graph: per pass, per token, per token held in the cache, per query and token it attends to."""
+
+    once_j: float
+    token_j: float
+    context_j: float
+    attn_j: float
+
+
+def _prior_terms(profile: DeviceProfile, cost: TierCost, precision: str) -> _Terms:
     speed = profile.constant("bandwidth") * profile.precision(precision).decode_efficiency.value
     byte_j = profile.constant("idle_w") / speed + profile.constant("j_per_byte")
     flop_s = 1 / (profile.constant("flops") * profile.constant("prefill_efficiency"))
@@ -279,18 +313,11 @@ def prior_energy(profile: DeviceProfile, tier: str, cost: TierCost, precision: s
     once_j = profile.constant("idle_w") * launch_s + byte_j * cost.weight_bytes + flop_j * cost.head_flops
     if unpack is not None:
         once_j += unpack.value * cost.flops_per_token / 2  # two FLOPs per weight
-    token_j = flop_j * cost.flops_per_token
-    context_j = byte_j * cost.kv_bytes_per_token
-    attn_j = flop_j * cost.attn_flops_per_context
-    return TierEnergy(
-        tier=tier,
-        prefill_j0=once_j,
-        prefill_j1=token_j + context_j,
-        prefill_j2=attn_j / 2,
-        step_j0=once_j + token_j,
-        step_jn=context_j + attn_j,  # a step attends to n + i tokens, so both cost the same
-        step_ji=context_j + attn_j,
-        source=profile.energy_source,
+    return _Terms(
+        once_j,
+        flop_j * cost.flops_per_token,
+        byte_j * cost.kv_bytes_per_token,
+        flop_j * cost.attn_flops_per_context,
     )
 
 

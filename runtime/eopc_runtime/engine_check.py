@@ -115,7 +115,7 @@ def read_along(runner: TierRunner, ids: Sequence[int]) -> Iterator[Logits]:
     half = len(ids) // 2
     for i in range(1, PROMPTS + 1):
         cache = runner.new_cache()
-        yield runner.forward(cache, ids[: half * i // PROMPTS])[-1].copy()
+        yield runner.prefill(cache, ids[: half * i // PROMPTS])[-1].copy()
     for token in ids[half:]:
         yield runner.forward(cache, [token])[-1].copy()
 

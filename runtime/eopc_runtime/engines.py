@@ -235,12 +235,9 @@ def graph_sha256(bundle: Bundle, info: TierInfo) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def phase_graphs(bundle: Bundle, info: TierInfo) -> dict[str, str]:
-    """The graphs of a tier by phase: one for both, or prefill.onnx and decode.onnx where the phases differ."""
-    folder = PurePosixPath(info.graph).parent
-    listed = {entry.path for entry in bundle.manifest.files}
-    apart = {phase: str(folder / f"{phase}.onnx") for phase in ("prefill", "decode")}
-    return apart if set(apart.values()) <= listed else {"both": info.graph}
+def phase_graphs(info: TierInfo) -> dict[str, str]:
+    """The graphs of a tier by phase: one for both, or two where prompts run through a graph of their own."""
+    return {"prefill": info.prefill.graph, "decode": info.graph} if info.prefill else {"both": info.graph}
 
 
 def plan_name(tier: str, phase: str) -> str:

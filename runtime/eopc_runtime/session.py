@@ -240,7 +240,7 @@ class Session:
         """Run a prompt on a tier; return its cache and the next token's logits [vocab]. Books nothing."""
         runner = self.pool.get(tier)
         cache = runner.new_cache()
-        return cache, runner.forward(cache, ids)[-1]
+        return cache, runner.prefill(cache, ids)[-1]
 
     def decode(self, cache: Any, token: int, tier: str | None = None) -> tuple[Any, Logits]:
         """Append one token on the cache's tier, or on a lower one that takes the cache over. Books nothing.

@@ -167,9 +167,7 @@ def test_the_graph_writes_what_pytorch_writes(
     config, tensors = make_tiny(attention_bias=True)
     batches = [Batch(0, 1.0, tokens_of(4, 32))]
     observed = observe(build_model(config, tensors, CONTEXT), batches, 32)
-    storage = Storage.choose(
-        precision, dtype, DIALECTS[dialect], {config.hidden_size, 32}, len(config.layers), static
-    )
+    storage = Storage.choose(precision, dtype, DIALECTS[dialect], {config.hidden_size, 32}, len(config.layers), static)
     masks = [full_mask(config), *([Mask((LayerDims(0, 1, 64), LayerDims(2, 3, 96)))] if cut else [])]
     orders = [c.order() for c in observed.curves]
     args = (config, tensors.__getitem__, orders, masks, storage, CONTEXT, observed, [b.tokens for b in batches])

@@ -122,7 +122,7 @@ def _build_all(
     records = keep_compatible(_existing(bundle, target.key), target, settings)
     reused = []
     for info in infos:
-        for phase, graph in phase_graphs(bundle, info).items():
+        for phase, graph in phase_graphs(info).items():
             wanted = fingerprint(bundle, info, target, settings, phase)
             old = next((r for r in records if (r.tier, r.phase) == (info.tier, phase)), None)
             label = info.tier if phase == "both" else f"{info.tier} {phase}"
@@ -192,7 +192,7 @@ def describe(
     info: TierInfo, phase: str, settings: BuildSettings, result: JobResult, built: Fingerprint, proxy: bool
 ) -> EngineRecord:
     """The record of a plan; attention is decomposed where fewer kernels are fused than layers have attention."""
-    fewer = result.attention_layers < attention_count(info)
+    fewer = result.attention_layers < attention_count(info, phase)
     return EngineRecord(
         tier=info.tier,
         phase=phase,
@@ -210,9 +210,10 @@ def describe(
     )
 
 
-def attention_count(info: TierInfo) -> int:
-    """Layers of a tier that have attention."""
-    return sum(layer.kv_heads > 0 for layer in info.layers)
+def attention_count(info: TierInfo, phase: str = "both") -> int:
+    """Layers of a tier whose attention a phase runs."""
+    depth = info.prefill.depth if info.prefill and phase == "prefill" else len(info.layers)
+    return sum(layer.kv_heads > 0 for layer in info.layers[:depth])
 
 
 def summary(record: EngineRecord, info: TierInfo) -> str:
@@ -220,7 +221,7 @@ def summary(record: EngineRecord, info: TierInfo) -> str:
     slow = ", the others in plain operators, slower" if record.decomposed_attention else ""
     return (
         f"{record.seconds:.0f} s, {record.layers} engine layers, attention fused in {record.attention_layers} of "
-        f"{attention_count(info)} layers{slow}"
+        f"{attention_count(info, record.phase)} layers{slow}"
     )
 
 

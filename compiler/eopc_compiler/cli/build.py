@@ -6,7 +6,7 @@ import gc
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -68,6 +68,14 @@ PRECISIONS = ("auto", "fp32", "fp16", "int8", "int4")
     "smallest, all, or none.",
 )
 @click.option(
+    "--prefill-depth",
+    default="auto",
+    show_default=True,
+    metavar="auto|all|LAYERS",
+    help="Layers that prompts run through on one tier of the ladder, the rest only in the answer: where that wins, "
+    "never, or so many.",
+)
+@click.option(
     "--independent", is_flag=True, help="Repaired matrices of every tier's own, without the limit on shared bytes."
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the calibration draw and of the search.")
@@ -90,6 +98,7 @@ def build(
     search_seconds: float,
     recover_minutes: float,
     proxy: str,
+    prefill_depth: str,
     independent: bool,
     seed: int,
     dry_run: bool,
@@ -120,6 +129,7 @@ def build(
         search_seconds=search_seconds,
         recover_minutes=recover_minutes,
         proxy=proxy,
+        prefill_depth=parse_prefill_depth(prefill_depth),
         independent=independent,
         seed=seed,
         dry_run=dry_run,
@@ -200,6 +210,21 @@ def parse_workload(text: str) -> tuple[int, int]:
     if not match or not all(int(g) for g in match.groups()):
         raise UsageError(f"workload {text!r} is not IN:OUT tokens. Write for example --workload 128:140.")
     return int(match[1]), int(match[2])
+
+
+def parse_prefill_depth(text: str) -> int | Literal["auto", "all"]:
+    """auto, all, or a number of layers.
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    if text == "auto":
+        return "auto"
+    if text == "all":
+        return "all"
+    if not text.isdecimal():
+        raise UsageError(f'--prefill-depth "{text}" is not auto, all or a number of layers, for example 20.')
+    return int(text)
 
 
 def parse_precision(text: str) -> tuple[str, ...]:

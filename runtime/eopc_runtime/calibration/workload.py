@@ -29,7 +29,7 @@ class Workload:
         n_in, n_out = cell
         prompt = self.rng.integers(0, self.vocab, size=n_in).tolist()
         cache = self.prefill.new_cache()
-        token = int(self.prefill.forward(cache, prompt)[-1].argmax())
+        token = int(self.prefill.prefill(cache, prompt)[-1].argmax())
         if n_out > 1 and self.decode.tier != self.prefill.tier:
             cache = self.decode.adopt(cache)
         for _ in range(n_out - 1):

@@ -45,6 +45,12 @@ class TierRunner(Protocol):
             PromptError: the cache would grow beyond the bundle's context.
         """
 
+    def prefill(self, cache: Any, tokens: Sequence[int]) -> Logits:
+        """Append a prompt to an empty cache and return the logits [1, vocab] of its last token.
+
+        As `forward`, unless the tier prunes its prefill: then all tokens but the last skip its deepest layers.
+        """
+
     def adopt(self, cache: Any) -> Any:
         """The cache of a higher tier restricted to the layers and KV heads this tier keeps.
 

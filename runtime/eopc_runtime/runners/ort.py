@@ -54,9 +54,12 @@ class OrtTier:
         info: TierInfo,
         threads: int | None = None,
         exact: bytes | None = None,
+        exact_prefill: bytes | None = None,
         providers: Sequence[str] = (),
     ) -> None:
         """Load a tier; with `exact`, a graph to run in place of the tier's own on floating-point activations.
+
+        `exact_prefill` is the same for the graph of a tier that prunes its prefill.
 
         `providers` come before the CPU, which is always the last.
         """
@@ -72,16 +75,22 @@ class OrtTier:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(bundle.root.resolve())
         )
-        try:
-            self._session = ort.InferenceSession(
-                exact or bundle.path(info.graph).read_bytes(), options, providers=[*providers, "CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime raises many types; none means anything to a user
-            raise BundleError(
-                f"ONNX Runtime {ort.__version__} cannot load {info.graph}: {str(error).splitlines()[0][:200]} "
-                f"This graph needs opset {manifest.opset}; upgrade onnxruntime or rebuild the bundle."
-            ) from error
-        check_interface(self._session, manifest, info)
+
+        def load(graph: str, content: bytes | None) -> Any:
+            try:
+                session = ort.InferenceSession(
+                    content or bundle.path(graph).read_bytes(), options, providers=[*providers, "CPUExecutionProvider"]
+                )
+            except Exception as error:  # onnxruntime raises many types; none means anything to a user
+                raise BundleError(
+                    f"ONNX Runtime {ort.__version__} cannot load {graph}: {str(error).splitlines()[0][:200]} "
+                    f"This graph needs opset {manifest.opset}; upgrade onnxruntime or rebuild the bundle."
+                ) from error
+            check_interface(session, manifest, info, graph)
+            return session
+
+        self._session = load(info.graph, exact)
+        self._prompt_session = load(info.prefill.graph, exact_prefill) if info.prefill else None
         release_memory()  # loading leaves unpacked copies behind: on a 135M model 60 to 90 MB of 330
         self._ort = ort
         self.tier, self._layers, self._context = info.tier, info.layers, manifest.context
@@ -91,6 +100,11 @@ class OrtTier:
         count = len(info.layers)
         self._key_names = [f"k_cache_{i}" for i in range(count)]
         self._value_names = [f"v_cache_{i}" for i in range(count)]
+
+    @property
+    def prunes_prefill(self) -> bool:
+        """Whether prompts skip the deepest layers."""
+        return self._prompt_session is not None
 
     def new_cache(self) -> OrtCache:
         """An empty cache; buffers are allocated by the first forward."""
@@ -108,6 +122,16 @@ class OrtTier:
             parts.append(self._append(cache, chunk, logits if last or logits == "all" else "none"))
         return parts[-1] if logits != "all" else np.concatenate(parts)
 
+    def prefill(self, cache: OrtCache, tokens: Sequence[int]) -> Logits:
+        """See `TierRunner.prefill`."""
+        skipping = tokens[:-1] if self.prunes_prefill else ()
+        check_room(cache.length, len(tokens), self._context)
+        for start in range(0, len(skipping), PREFILL_CHUNK):
+            chunk = skipping[start : start + PREFILL_CHUNK]
+            self._reserve(cache, cache.length + len(chunk))
+            self._fill(cache, chunk)
+        return self.forward(cache, tokens[len(skipping) :])
+
     def _append(self, cache: OrtCache, tokens: Sequence[int], logits: Wanted) -> Logits:
         count = len(tokens)
         self._reserve(cache, cache.length + count)
@@ -117,24 +141,36 @@ class OrtTier:
 
     def _run(self, cache: OrtCache, tokens: Sequence[int], logits: Wanted) -> Logits:
         """Append tokens that the buffers have room for, through buffers bound for this call."""
+        last = len(tokens) - 1
+        wanted = {"last": [last], "all": range(last + 1), "none": [last]}[logits]
+        binding = self._bind(self._session, cache, tokens)
+        binding.bind_cpu_input("logits_index", np.asarray(wanted, dtype=np.int64))
+        binding.bind_output("logits")
+        self._session.run_with_iobinding(binding)
+        cache.length += len(tokens)
+        outputs: list[Any] = binding.get_outputs()  # in binding order: logits last
+        return outputs[-1].numpy()[0]  # type: ignore[no-any-return]
+
+    def _fill(self, cache: OrtCache, tokens: Sequence[int]) -> None:
+        """Append tokens of a prompt that skips the deepest layers."""
+        assert self._prompt_session is not None
+        self._prompt_session.run_with_iobinding(self._bind(self._prompt_session, cache, tokens))
+        cache.length += len(tokens)
+
+    def _bind(self, session: Any, cache: OrtCache, tokens: Sequence[int]) -> Any:
+        """Bind the caches and what every graph reads of tokens that follow them."""
         count = len(tokens)
-        wanted = {"last": [count - 1], "all": range(count), "none": [count - 1]}[logits]
-        binding = self._session.io_binding()
+        binding = session.io_binding()
         self._bind_cache(binding, cache)
         feeds = {
             "input_ids": np.asarray(tokens, dtype=np.int64)[None],
             "position_ids": np.arange(cache.length, cache.length + count, dtype=np.int64)[None],
             "write_index": np.array([cache.length], dtype=np.int64),
             "attn_mask": causal_mask(cache.length, count, cache.capacity, self._dtype),
-            "logits_index": np.asarray(wanted, dtype=np.int64),
         }
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
-        binding.bind_output("logits")
-        self._session.run_with_iobinding(binding)
-        cache.length += count
-        outputs: list[Any] = binding.get_outputs()  # in binding order: logits last
-        return outputs[-1].numpy()[0]  # type: ignore[no-any-return]
+        return binding
 
     def _decode(self, cache: OrtCache, token: int) -> Logits:
         """One token through buffers that are bound once and updated in place."""
@@ -236,8 +272,9 @@ class OrtPool:
     def __init__(self, bundle: Bundle, threads: int | None = None, max_resident_bytes: int | None = None) -> None:
         self._bundle, self._threads = bundle, threads
         self._loaded: OrderedDict[str, OrtTier] = OrderedDict()
-        self._bytes = {t.tier: t.cost.weight_bytes for t in bundle.manifest.tiers}
-        self._limit = max_resident_bytes or int(RESIDENT_FACTOR * max(self._bytes.values()))
+        self._bytes = {t.tier: resident_bytes(t) for t in bundle.manifest.tiers}
+        largest = max(t.cost.weight_bytes for t in bundle.manifest.tiers)
+        self._limit = max_resident_bytes or int(RESIDENT_FACTOR * largest)
 
     def get(self, tier: str) -> OrtTier:
         """The runner of a tier; least recently used tiers are let go *before* a new one is loaded."""
@@ -263,7 +300,12 @@ class OrtPool:
         self._loaded.clear()
 
 
-def check_interface(session: Any, manifest: Manifest, info: TierInfo) -> None:
+def resident_bytes(info: TierInfo) -> int:
+    """Weights a loaded tier holds, those of a prefill graph of its own included."""
+    return info.cost.weight_bytes + (info.cost.prefill.weight_bytes if info.cost.prefill else 0)
+
+
+def check_interface(session: Any, manifest: Manifest, info: TierInfo, graph: str) -> None:
     """Compare the caches and logits of a loaded graph with what the manifest says of the tier.
 
     Raises:
@@ -277,9 +319,10 @@ def check_interface(session: Any, manifest: Manifest, info: TierInfo) -> None:
     ]
     found = [(x.name, x.shape[1], x.shape[3], x.type) for x in session.get_inputs() if "_cache_" in x.name]
     vocab = [x.shape[-1] for x in session.get_outputs() if x.name == "logits"]
-    if sorted(caches) != sorted(found) or vocab != [manifest.model.vocab_size]:
+    expected = [manifest.model.vocab_size] if graph == info.graph else []
+    if sorted(caches) != sorted(found) or vocab != expected:
         raise BundleError(
-            f"{info.graph} is not the graph that manifest.json describes as {info.tier} (its layers, heads, vocabulary "
+            f"{graph} is not the graph that manifest.json describes as {info.tier} (its layers, heads, vocabulary "
             f"or compute type differ). Copy the bundle again, or rebuild it."
         )
 

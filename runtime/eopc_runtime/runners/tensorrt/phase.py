@@ -23,6 +23,7 @@ from eopc_runtime.runners.tensorrt.memory import Arena, Scratch, buffer_block
 
 FEEDS = ("input_ids", "position_ids", "write_index", "attn_mask", "logits_index")
 LOGITS = "logits"
+WANTED = "logits_index"
 CACHE = "_cache_"
 
 
@@ -64,12 +65,16 @@ class Phase:
         """
         check_feeds(engine, name)
         self.name, self._space, self._engine, self._profile = name, space, engine, profile
+        inputs = tensor_names(engine, "INPUT")
         *_, ids = engine.get_tensor_profile_shape("input_ids", profile)
-        *_, index = engine.get_tensor_profile_shape("logits_index", profile)
-        self.max_tokens, self.max_logits = int(ids[1]), int(index[0])
-        self._caches = tuple(n for n in tensor_names(engine, "INPUT") if CACHE in n)
+        self.max_tokens, self.max_logits, self._vocab = int(ids[1]), 0, 0
+        self.fills = WANTED not in inputs  # only the caches: a pruned prefill has no logits
+        if not self.fills:
+            *_, index = engine.get_tensor_profile_shape(WANTED, profile)
+            self.max_logits, self._vocab = int(index[0]), int(engine.get_tensor_shape(LOGITS)[2])
+        self._feeds = tuple(n for n in FEEDS if n in inputs)
+        self._caches = tuple(n for n in inputs if CACHE in n)
         self.slots = int(engine.get_tensor_shape("attn_mask")[3])
-        self._vocab = int(engine.get_tensor_shape(LOGITS)[2])
         space.scratch.reserve(engine.get_device_memory_size_for_profile_v2(profile))
         self._context: Context = space.loader.new_context(engine, space.command)
         self._require(self._context.set_optimization_profile_async(profile, space.stream), f"take profile {profile}")
@@ -90,6 +95,8 @@ class Phase:
     ) -> Logits:
         """Append tokens to a cache of `length` tokens; return the logits [len(wanted), vocab] of these positions.
 
+        A phase that only fills the caches wants none and returns none.
+
         Args:
             arena: what the addresses lie in.
             addresses: of every cache input; the output of the same name is bound to the same place.
@@ -109,6 +116,8 @@ class Phase:
             device.launch(self._graph, stream)
         device.wait(stream)
         self._steps += 1
+        if self.fills:
+            return np.empty((0, 0), np.float32)
         logits = self._buffers[LOGITS].view(shapes[LOGITS])
         return np.array(logits[0], dtype=np.float32)  # a copy: the next step writes over the staged values
 
@@ -128,8 +137,7 @@ class Phase:
             "position_ids": (1, self.max_tokens),
             "write_index": (1,),
             "attn_mask": (1, 1, self.max_tokens, self.slots),
-            "logits_index": (self.max_logits,),
-            LOGITS: (1, self.max_logits, self._vocab),
+            **({} if self.fills else {WANTED: (self.max_logits,), LOGITS: (1, self.max_logits, self._vocab)}),
         }
         dtypes = {name: numpy_dtype(self._engine, name) for name in shapes}
         sizes = [int(np.prod(shape)) * dtypes[name].itemsize for name, shape in shapes.items()]
@@ -150,12 +158,12 @@ class Phase:
             "position_ids": np.arange(length, length + count)[None],
             "write_index": [length],
             "attn_mask": causal_mask(length, count, self.slots, self._buffers["attn_mask"].dtype),
-            "logits_index": list(wanted),
+            **({} if self.fills else {WANTED: list(wanted)}),
         }
         shapes: dict[str, tuple[int, ...]] = {name: np.shape(array) for name, array in arrays.items()}
         for name, array in arrays.items():
             self._buffers[name].view(shapes[name])[...] = array
-        return {**shapes, LOGITS: (1, len(wanted), self._vocab)}
+        return shapes if self.fills else {**shapes, LOGITS: (1, len(wanted), self._vocab)}
 
     def _bind(self, arena: Arena, addresses: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Give the context its shapes and addresses, unless it has them already."""
@@ -167,7 +175,7 @@ class Phase:
         self._bound, self._steps = (), 0  # nothing is bound if any of this fails
         self._shapes = dict(shapes)
         self._context.set_device_memory(scratch.address, scratch.nbytes)
-        for name in FEEDS:
+        for name in self._feeds:
             self._require(self._context.set_input_shape(name, shapes[name]), f"take {name} of shape {shapes[name]}")
         for name, buffer in self._buffers.items():
             self._require(self._context.set_tensor_address(name, buffer.address), f"bind {name}")
@@ -179,12 +187,13 @@ class Phase:
     def _enqueue(self) -> None:
         """Copies in, engine, logits out; all in stream order."""
         device, stream = self._space.device, self._space.stream
-        for name in FEEDS:
+        for name in self._feeds:
             buffer = self._buffers[name]
             device.copy_in(buffer.address, buffer.view(self._shapes[name]), stream)
         self._require(self._context.execute_async_v3(stream), "enqueue a step")
-        logits = self._buffers[LOGITS]
-        device.copy_out(logits.view(self._shapes[LOGITS]), logits.address, stream)
+        if not self.fills:
+            logits = self._buffers[LOGITS]
+            device.copy_out(logits.view(self._shapes[LOGITS]), logits.address, stream)
 
     def _capture(self) -> None:
         """Record a step; where that is refused, remember it and say so once."""
@@ -216,7 +225,9 @@ def check_feeds(engine: Engine, name: str) -> None:
     """Raise BundleError unless an engine's inputs and outputs are those of the graph contract."""
     inputs, outputs = tensor_names(engine, "INPUT"), tensor_names(engine, "OUTPUT")
     caches = {n for n in inputs if CACHE in n}
-    expected = {*FEEDS, *caches}, {LOGITS, *(f"{n}_out" for n in caches)}
+    asked = {LOGITS} & set(outputs)  # with them, which ones are wanted
+    feeds = FEEDS if asked else [n for n in FEEDS if n != WANTED]
+    expected = {*feeds, *caches}, {*asked, *(f"{n}_out" for n in caches)}
     if (set(inputs), set(outputs)) != expected:
         odd = sorted(set(inputs) ^ expected[0] | set(outputs) ^ expected[1])
         raise BundleError(

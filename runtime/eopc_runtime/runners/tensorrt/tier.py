@@ -11,7 +11,7 @@ from eopc_runtime.errors import BundleError
 from eopc_runtime.runners.base import Logits, Wanted, adoption, check_room
 from eopc_runtime.runners.tensorrt.api import Engine, numpy_dtype, tensor_names
 from eopc_runtime.runners.tensorrt.memory import Arena, Arenas, TensorRtCache
-from eopc_runtime.runners.tensorrt.phase import CACHE, Phase
+from eopc_runtime.runners.tensorrt.phase import CACHE, LOGITS, Phase
 
 
 class TensorRtTier:
@@ -37,10 +37,25 @@ class TensorRtTier:
         check_room(cache.length, len(tokens), self._context)
         cache.claim()
         longest = min(self._prefill.max_tokens, self._prefill.max_logits if logits == "all" else self._context)
+        if self._prefill.fills:
+            longest = 1  # the whole model is in the decode phase only
         parts = [
             self._append(cache, tokens[start : start + longest], logits) for start in range(0, len(tokens), longest)
         ]
         return np.concatenate(parts) if logits == "all" else parts[-1]
+
+    def prefill(self, cache: TensorRtCache, tokens: Sequence[int]) -> Logits:
+        """See `TierRunner.prefill`; errors as those of `forward`."""
+        if not self._prefill.fills:
+            return self.forward(cache, tokens)
+        check_room(cache.length, len(tokens), self._context)
+        cache.claim()
+        arena, longest, skipping = cache.lease.arena, self._prefill.max_tokens, tokens[:-1]
+        for start in range(0, len(skipping), longest):
+            chunk = skipping[start : start + longest]
+            self._prefill.run(arena, cache_addresses(arena, self._layers), cache.length, chunk, ())
+            cache.length += len(chunk)
+        return self.forward(cache, tokens[-1:])
 
     def adopt(self, cache: TensorRtCache) -> TensorRtCache:
         """See `TierRunner.adopt`; nothing is copied, and the given cache goes stale once this one is written to."""
@@ -88,8 +103,8 @@ def check_caches(engine: Engine, manifest: Manifest, info: TierInfo, slots: int,
     missing = [n for n, shape in expected.items() if shape[1] and n not in shapes]
     wrong = [n for n, shape in shapes.items() if expected.get(n) != shape]
     wrong += [n for n in shapes if numpy_dtype(engine, n) != np.dtype(manifest.compute_dtype)]
-    if engine.get_tensor_shape("logits")[2] != manifest.model.vocab_size:
-        wrong.append("logits")
+    if LOGITS in tensor_names(engine, "OUTPUT") and engine.get_tensor_shape(LOGITS)[2] != manifest.model.vocab_size:
+        wrong.append(LOGITS)
     if missing or wrong:
         raise BundleError(
             f"the engine of {info.tier} is not of the graph that manifest.json describes ({(missing + wrong)[0]} "

@@ -1,0 +1,99 @@
+"""Prefill-only pruning (POP, arXiv 2602.03295) as a coordinate of the ladder: how deep prompts run, priced in joules.
+
+A ladder gets at most one tier whose prompts skip the deepest layers. It keeps all weights, so it stands right below t0,
+fills the caches of every tier below it, and costs a budget's joules only in prefill. What it saves there is spent on a
+wider decode tier, and it enters the ladder only if that loses less on the continuation of the selection text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from eopc_compiler.importance import LayerCurves
+from eopc_compiler.ladder import Mask
+from eopc_compiler.planner import Loss, Price, TierPlan, shrink_to_budget
+
+# Of the layers, that prompts still run; beyond 40 % skipped the paper's knee begins, and retrieval breaks first.
+DEPTH_SHARES = (0.8, 11 / 15, 2 / 3, 0.6)
+WORTH_TRYING = 0.02  # share of a budget that skipping must free before it is measured
+WORTH_HAVING = 0.005  # nats per token that a pair must win by
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """Prompts that run through some depth only: the price of a mask in the plan behind them, and its repaired loss."""
+
+    price: Price
+    repaired: Loss
+
+
+def depths_to_try(layers: int) -> tuple[int, ...]:
+    """Depths of DEPTH_SHARES that skip at least one layer, deepest first."""
+    return tuple(sorted({d for share in DEPTH_SHARES if 1 <= (d := round(share * layers)) < layers}, reverse=True))
+
+
+def plan_prefill(
+    plan: Sequence[TierPlan],
+    depths: Sequence[int],
+    behind: Callable[[int], Behind],
+    curves: Sequence[LayerCurves],
+    align: int,
+    report: Callable[[str], None] | None = None,
+    always: bool = False,
+) -> tuple[TierPlan, ...]:
+    """The ladder, with a tier that prunes its prefill where that loses less at the same joules.
+
+    Args:
+        plan: t0 and the static tiers, from `planner.plan_ladder`.
+        depths: to try.
+        behind: what masks cost and lose behind prompts of a depth; dear, asked for once per depth.
+        align: FFN channels go this many at a time.
+        always: keep the tier of the first depth whether or not it wins; for a depth that was asked for.
+    """
+    full = plan[0].mask
+    best: tuple[float, tuple[TierPlan, ...]] = (0.0 if not always else -float("inf"), tuple(plan))
+    for depth in depths:
+        pruned = behind(depth)
+        if not always and not _frees_enough(plan, full, pruned.price):
+            continue
+        ladder, won = _with_depth(plan, depth, pruned, curves, align)
+        if report:
+            report(f"prompts through {depth} of {len(full.layers)} layers: {won:.3f} nats less over the ladder's tiers")
+        if won > best[0]:
+            best = (won, ladder)
+    return best[1]
+
+
+def _frees_enough(plan: Sequence[TierPlan], full: Mask, price: Price) -> bool:
+    freed = plan[0].energy_j - price(full)
+    return any(t.budget_j is not None and freed >= WORTH_TRYING * t.budget_j for t in plan[1:])
+
+
+def _with_depth(
+    plan: Sequence[TierPlan], depth: int, pruned: Behind, curves: Sequence[LayerCurves], align: int
+) -> tuple[tuple[TierPlan, ...], float]:
+    """The ladder with a tier of this depth, and the nats per token it wins over all tiers below."""
+    full, won = plan[0].mask, 0.0
+    skipped = len(full.layers) - depth
+    loss = pruned.repaired(full)
+    note = f"prompts skip the last {skipped} of {len(full.layers)} layers"
+    first = TierPlan(None, full, pruned.price(full), loss, note, depth=depth, prefill=1)
+    below = list[TierPlan]()
+    for tier in plan[1:]:
+        assert tier.budget_j is not None
+        if first.energy_j <= tier.budget_j:  # then the whole model answers, within the budget
+            won += tier.loss - loss
+            first = replace(first, budget_j=max(tier.budget_j, first.budget_j or 0.0))
+            continue
+        above = below[-1].mask if below else full
+        kept = {d.source_layer for d in tier.mask.layers}
+        start = Mask(tuple(d for d in above.layers if d.source_layer in kept))
+        mask = shrink_to_budget(start, tier.budget_j, curves, pruned.price, align)
+        found = pruned.repaired(mask) if mask is not None else float("inf")
+        if mask is not None and found < tier.loss - WORTH_HAVING:
+            won += tier.loss - found
+            below.append(replace(tier, mask=mask, energy_j=pruned.price(mask), loss=found, prefill=1))
+        else:
+            below.append(tier)
+    return (plan[0], first, *below), won

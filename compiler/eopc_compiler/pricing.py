@@ -1,0 +1,50 @@
+"""What a mask costs in joules: how the model would be stored, and the price of the reference workload."""
+
+from __future__ import annotations
+
+from eopc_compiler.assemble import Storage
+from eopc_compiler.ladder import Mask, full_mask
+from eopc_compiler.state import CompileState
+from eopc_runtime.energy import prior_energy, prior_table
+
+
+def storage_for(state: CompileState, precision: str) -> Storage:
+    """How a precision is stored for this model, device and dialect."""
+    assert state.dialect is not None
+    config = state.config
+    q_widths = {d.num_key_value_heads * config.query_group_size * config.head_dim for d in config.layers}
+    widths = {config.hidden_size, config.query_group_size * config.head_dim, state.align, *q_widths}
+    profile, layers = state.profile, len(config.layers)
+    static_inputs = profile.precision(precision).static_inputs
+    return Storage.choose(precision, profile.compute_dtype, state.dialect, widths, layers, static_inputs)
+
+
+def must_prune(state: CompileState) -> bool:
+    """Whether some budget may be below the dense model's price, so that units have to be ranked."""
+    assert state.dialect is not None
+    if state.args.masks:
+        return True  # which layers are repaired still depends on the curves
+    allowed = state.profile.precisions_for(state.dialect.name)
+    wanted = allowed if "auto" in state.args.precision else state.args.precision
+    full = full_mask(state.config)
+    dearest = max(plan_energy(state, full, storage_for(state, precision)) for precision in wanted)
+    return dearest > min(state.args.budgets_j)
+
+
+def reference_energy(state: CompileState, mask: Mask, storage: Storage) -> float:
+    """Joules of the reference workload, both phases on this tier."""
+    work = state.args.workload
+    energy = prior_energy(state.profile, "t0", storage.cost(state.config, mask), storage.precision)
+    return energy.sequence_j(work.prompt_tokens, work.new_tokens)
+
+
+def plan_energy(state: CompileState, mask: Mask, storage: Storage, depth: int | None = None) -> float:
+    """Joules of the reference workload, the prompt on the whole model and the answer on the tier.
+
+    Args:
+        depth: layers of the whole model that the prompt runs through; None for all.
+    """
+    work = state.args.workload
+    whole = storage.cost(state.config, full_mask(state.config), depth)
+    table = prior_table(state.profile, {"t0": whole, "t1": storage.cost(state.config, mask)}, storage.precision, 0.0)
+    return table.plan_price_j(0, 1, work.prompt_tokens, work.new_tokens)

@@ -1,0 +1,131 @@
+"""The whole model as it is stored: weights.bin of a ladder, written once and read back in fp32."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from eopc_compiler.assemble import Storage, load_tier, write_weights
+from eopc_compiler.calibration import CalibrationSet
+from eopc_compiler.cut import cut_weights
+from eopc_compiler.export import WeightTable
+from eopc_compiler.extras import EXTRAS_SHARE, own_matrices, rounding
+from eopc_compiler.handover import Repaired, repair_tier
+from eopc_compiler.importance import Report
+from eopc_compiler.ladder import Mask, full_mask
+from eopc_compiler.model import Llama, build_model
+from eopc_compiler.sequences import mean_loss
+from eopc_compiler.state import CompileState
+from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
+from eopc_runtime import __version__
+
+ROUNDING_WINDOWS = 6  # per domain
+
+
+def deployed_model(state: CompileState, storage: Storage) -> Llama:
+    """The whole model as it is stored: deployment form, units sorted, rounded, rotated where quantised; fp32."""
+    folder = stored_weights(state, storage, [full_mask(state.config)])
+    table, _ = read_table(folder)
+    return load_tier(state.config, table, WeightReader(folder / WEIGHTS_FILE), state.args.context)
+
+
+def added_loss(state: CompileState, storage: Storage) -> dict[str, float]:
+    """Nats per token that quantising the dense model adds, by domain, on the selection split."""
+    assert state.selection is not None
+    model = deployed_model(state, storage)
+    added = {}
+    for name, windows in state.selection.domains:
+        report = state.counter(f"{storage.precision} on {name}", "windows")
+        added[name] = mean_loss(model, windows, report) - state.dense_loss[f"selection.{name}"]
+    return added
+
+
+def stored_weights(state: CompileState, storage: Storage, masks: list[Mask]) -> Path:
+    """A folder with weights.bin for a ladder and table.json; the model is rounded once, whatever the ladder."""
+    assert state.checkpoint and state.calibration
+    checkpoint, calibration, config = state.checkpoint, state.calibration, state.config
+    full = [full_mask(config)]
+    inputs = {
+        "version": __version__,
+        "model": checkpoint.fingerprint,
+        "orders": [asdict(o) for o in state.orders],
+        "masks": [asdict(m) for m in masks],
+        "storage": asdict(storage),
+        "text": calibration.fingerprint,
+        "context": state.args.context,
+    }
+
+    def produce(path: Path) -> None:
+        file = path / WEIGHTS_FILE
+        path.mkdir()
+        if storage.bits and masks != full:
+            whole = stored_weights(state, storage, full)
+            table, histogram = cut_weights(
+                file, read_table(whole)[0], WeightReader(whole / WEIGHTS_FILE), config, masks
+            )
+        else:
+            tokens, report = rounding_text(calibration), state.counter(f"writing {storage.precision} weights")
+            args = (config, checkpoint.tensor, state.orders, masks, storage, state.args.context)
+            table, histogram = write_weights(file, *args, state.observations, tokens, report)
+        content = {"entries": table.to_json(), "bytes": histogram}
+        (path / "table.json").write_text(json.dumps(content), encoding="utf-8")
+
+    return state.cache.get("weights", inputs, "", produce)
+
+
+def read_table(folder: Path) -> tuple[WeightTable, dict[str, int]]:
+    """Where everything lies in a folder's weights.bin, and how many bytes each stored type takes."""
+    content = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+    return WeightTable.from_json(content["entries"]), content["bytes"]
+
+
+def dense_model(state: CompileState) -> Llama:
+    """The whole model in fp32, checkpoint form."""
+    assert state.checkpoint is not None
+    tensors = {name: state.checkpoint.tensor(name) for name in state.checkpoint.tensor_names}
+    return build_model(state.config, tensors, state.args.context)
+
+
+def rounding_text(calibration: CalibrationSet) -> list[Tensor]:
+    """The windows GPTQ sees: fewer than statistics for pruning need, as its cost grows with every token."""
+    return [batch.tokens for batch in calibration.batches(4, most=ROUNDING_WINDOWS)]
+
+
+def repair(
+    state: CompileState,
+    model: Llama,
+    mask: Mask,
+    most: int | None = None,
+    report: Report | None = None,
+    depth: int | None = None,
+) -> tuple[Llama, tuple[Repaired, ...]]:
+    """A tier repaired on the calibration text, within its share of bytes of its own.
+
+    Args:
+        most: windows of a domain; None for all.
+        depth: layers that prompts run through in the plan it is repaired for; None for all.
+    """
+    assert state.calibration and state.storage and state.observations
+    storage, config = state.storage, state.config
+    limit = None if state.args.independent else EXTRAS_SHARE / max(1, len(state.args.budgets_j))
+    own = own_matrices(config, mask, state.observations.curves, storage, limit)
+    text = state.calibration.batches(most=most)
+    return repair_tier(model, mask, text, state.args.prompt_part, own, rounding(storage), report, depth)
+
+
+def repair_inputs(state: CompileState) -> dict[str, Any]:
+    """What a repair depends on, besides the mask."""
+    assert state.checkpoint and state.calibration
+    return {
+        "version": __version__,
+        "model": state.checkpoint.fingerprint,
+        "text": state.calibration.fingerprint,
+        "storage": asdict(state.storage) if state.storage else None,
+        "independent": state.args.independent,
+        "budgets": len(state.args.budgets_j),
+        "prompt": state.args.prompt_part,
+    }
