@@ -103,6 +103,7 @@ def tiny_args(checkpoint: Path, output: Path, **changes: Any) -> Any:
         precision=("fp32",),
         context=256,
         search_seconds=0.5,
+        prefill_depth="all",
         calibration_windows=2,
         calibration_length=64,
     )

@@ -113,8 +113,10 @@ def without_rounded_inputs(graph: bytes) -> bytes:
 def _logits(runner: OrtTier, tokens: list[int]) -> npt.NDArray[np.float32]:
     """The same through the runtime: a prefill, and one cached step per further token."""
     cache = runner.new_cache()
-    pruned = runner.prunes_prefill
-    rows = [runner.prefill(cache, tokens[:PROMPT]) if pruned else runner.forward(cache, tokens[:PROMPT], logits="all")]
+    if runner.prunes_prefill:
+        rows = [runner.prefill(cache, tokens[:PROMPT]).copy()]
+    else:
+        rows = [runner.forward(cache, tokens[:PROMPT], logits="all")]
     rows += [runner.forward(cache, [token]).copy() for token in tokens[PROMPT:]]
     return np.concatenate(rows)
 

@@ -86,6 +86,9 @@ class FakeTier:
         cache.length += len(tokens)
         return np.zeros((1, VOCAB), dtype=np.float32)
 
+    def prefill(self, cache: FakeCache, tokens: Sequence[int]) -> Any:
+        return self.forward(cache, tokens)
+
     def adopt(self, cache: FakeCache) -> FakeCache:
         return FakeCache(self.tier, cache.prompt, cache.length)
 

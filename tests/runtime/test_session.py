@@ -69,6 +69,9 @@ class FakeTier:
             out[0, self._script[said % len(self._script)]] = 5.0
         return out
 
+    def prefill(self, cache: FakeCache, tokens: Sequence[int]) -> Logits:
+        return self.forward(cache, tokens)
+
     def adopt(self, cache: FakeCache) -> FakeCache:
         if int(cache.tier[1:]) > int(self.tier[1:]):
             raise ValueError("a cache can only be handed down the ladder")

@@ -61,6 +61,9 @@ class FakeTier:
         out[np.arange(len(tokens)), (np.asarray(tokens) + 1) % VOCAB] = CERTAIN
         return out if logits == "all" else out[-1:]
 
+    def prefill(self, cache: FakeCache, tokens: Sequence[int]) -> Logits:
+        return self.forward(cache, tokens)
+
     def adopt(self, cache: FakeCache) -> FakeCache:
         return FakeCache(self.tier, list(cache.tokens))
 
