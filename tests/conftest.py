@@ -83,6 +83,16 @@ def tiny_bundle(cached_traces: None, tiny_checkpoint: Path, tmp_path_factory: py
 
 
 @pytest.fixture(scope="session")
+def prefill_bundle(cached_traces: None, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a tier t1 whose prompts run through 2 of the 4 layers; read only."""
+    from eopc_compiler.build import build
+
+    output = tmp_path_factory.mktemp("prefill") / "tiny.eopc"
+    build(tiny_args(tiny_checkpoint, output, prefill_depth=2))
+    return output
+
+
+@pytest.fixture(scope="session")
 def build_settings(cached_traces: None) -> Callable[..., Any]:
     """`tiny_args`, for tests in folders that cannot import this file."""
     return tiny_args

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,15 +24,9 @@ DEPTH = 2
 
 
 @pytest.fixture(scope="module")
-def pruned(
-    build_settings: Callable[..., Any], tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Bundle:
+def pruned(prefill_bundle: Path) -> Bundle:
     """t0, a tier whose prompts run through 2 of 4 layers, and the tiers below; read only."""
-    from eopc_compiler.build import build
-
-    output = tmp_path_factory.mktemp("prefill") / "tiny.eopc"
-    build(build_settings(tiny_checkpoint, output, prefill_depth=DEPTH))
-    return Bundle.open(output)
+    return Bundle.open(prefill_bundle)
 
 
 def test_the_tier_stands_below_t0_and_keeps_everything(pruned: Bundle) -> None:

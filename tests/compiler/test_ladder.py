@@ -24,11 +24,12 @@ from eopc_compiler.ladder import (
     mask_to_json,
     matrix_shapes,
     parameter_count,
+    prompt_cost,
     read_masks,
     tier_config,
     tier_cost,
 )
-from eopc_compiler.model import Llama
+from eopc_compiler.model import Llama, PromptPass
 from eopc_runtime.errors import ModelError
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
@@ -124,6 +125,20 @@ def test_tier_cost_counts_what_the_tensor_shapes_say(make_tiny: MakeTiny, mask: 
     assert cost.flops_per_token == 2 * matrices and cost.head_flops == 2 * head
     assert cost.kv_bytes_per_token == 2 * keys * 2  # keys and values, two bytes each
     assert cost.attn_flops_per_context == 4 * queries  # q kᵀ and weights v, a product and a sum each
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_pruned_prefill_costs_its_layers_and_keys_and_values_of_the_rest(make_tiny: MakeTiny, depth: int) -> None:
+    """Counted over the parameters of the module that is exported: no head, and no embedding, norm or bias."""
+    config, _ = make_tiny(attention_bias=True)
+    with torch.device("meta"):
+        module = PromptPass(config, depth)
+    matrices = sum(p.numel() for n, p in module.named_parameters() if p.dim() == 2 and "layers" in n)
+    cost = prompt_cost(config, FULL, depth, bytes_per_weight=lambda _name, _layer: 1.0625, cache_bytes=2)
+    whole = tier_cost(config, FULL, lambda _name, _layer: 1.0625, 2)
+    assert cost.weight_bytes == round(matrices * 1.0625) and cost.flops_per_token == 2 * matrices
+    assert (cost.head_flops, cost.kv_bytes_per_token) == (0, whole.kv_bytes_per_token)
+    assert cost.attn_flops_per_context == whole.attn_flops_per_context * depth / len(FULL.layers)
 
 
 def test_a_tied_head_costs_what_an_untied_one_does(make_tiny: MakeTiny) -> None:

@@ -32,12 +32,14 @@ def tier_json(i, layers, ffn=64):
             "flops_per_token": 2e3,
             "head_flops": 1e3,
             "attn_flops_per_context": 512,
+            "prefill": None,
         },
         "graph": f"tiers/t{i}/model.onnx",
         "mask": f"tiers/t{i}/mask.json",
         "note": "",
         "parity": {"max_abs_logit_error": 1e-5},
         "proxy": {"target": "sm86"},
+        "prefill": None,
     }
 
 
@@ -127,12 +129,13 @@ def test_a_well_formed_bundle_opens(bundle):
 
 
 def test_a_tier_may_lack_what_older_bundles_have_not(bundle):
-    """A manifest from before proxy compiles opens all the same."""
+    """A manifest from before proxy compiles and pruned prefills opens all the same."""
     manifest = manifest_of(bundle)
     for tier in manifest["tiers"]:
-        del tier["proxy"]
+        del tier["proxy"], tier["prefill"], tier["cost"]["prefill"]
     write(bundle, manifest)
-    assert Bundle.open(bundle).manifest.tiers[0].proxy == {}
+    opened = Bundle.open(bundle).manifest.tiers[0]
+    assert (opened.proxy, opened.prefill, opened.cost.prefill) == ({}, None, None)
 
 
 def test_a_manifest_survives_its_json(bundle):

@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 
 from eopc_runtime.bundle import Bundle, sha256_file
-from eopc_runtime.engines import EngineRecord, Fingerprint, graph_sha256, plan_name, set_folder, write_engines
+from eopc_runtime.engines import (
+    EngineRecord,
+    Fingerprint,
+    graph_sha256,
+    phase_graphs,
+    plan_name,
+    set_folder,
+    write_engines,
+)
 
 KEY = "orin-sm87"
 GPU = {"name": "Orin", "sm": "8.7", "memory_bytes": 8 << 30}
@@ -81,6 +89,7 @@ def make_engines(tiny_bundle: Path, tmp_path: Path, fake_tensorrt: Any) -> MakeE
         apart: tuple[str, ...] = (),
         key: str = KEY,
         plan: dict[str, Any] | None = None,
+        source: Path = tiny_bundle,
         **changes: Any,
     ) -> Bundle:
         """Write engines.
@@ -89,20 +98,24 @@ def make_engines(tiny_bundle: Path, tmp_path: Path, fake_tensorrt: Any) -> MakeE
             tokens, logits: most of one prefill step.
             apart: tiers with an engine for each phase.
             plan: changes to the plans, `changes` to the fingerprints.
+            source: the bundle that is copied.
         """
         root = tmp_path / "with.eopc"
         if not root.exists():
-            shutil.copytree(tiny_bundle, root)
+            shutil.copytree(source, root)
         bundle = Bundle.open(root)
         folder = set_folder(root, key)
         folder.mkdir(parents=True)
         records = []
         profiles = {"prefill": {"tokens": tokens, "logits": logits}, "decode": {"tokens": 1, "logits": 1}}
         for info in bundle.manifest.tiers:
-            for phase in ("prefill", "decode") if info.tier in apart else ("both",):
+            graphs = phase_graphs(info)
+            if info.tier in apart:
+                graphs = dict.fromkeys(("prefill", "decode"), info.graph)
+            for phase, graph in graphs.items():
                 chosen = list(profiles.values()) if phase == "both" else [profiles[phase]]
                 file = plan_name(info.tier, phase)
-                made = {"graph": info.graph, "slots": slots, "profiles": chosen, **(plan or {})}
+                made = {"graph": graph, "slots": slots, "profiles": chosen, **(plan or {})}
                 content = fake_tensorrt.make_plan(root.resolve(), **made)
                 (folder / file).write_bytes(content)
                 print_ = Fingerprint("tensorrt", "10.3.0", 87, "Orin", "12.6", graph_sha256(bundle, info), "settings")

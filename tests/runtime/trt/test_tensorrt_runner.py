@@ -53,6 +53,20 @@ def test_chunks_and_single_steps_give_the_logits_of_one_pass(make_engines: Any, 
     assert (cache.length, last.dtype) == (len(PROMPT), np.float32)
 
 
+def test_a_pruned_prefill_runs_on_an_engine_without_logits(make_engines: Any, prefill_bundle: Any, gpu: Any) -> None:
+    """Prompts in chunks of its engine, their last token on the other; whole texts are scored by the whole model."""
+    bundle = make_engines(source=prefill_bundle)
+    cpu, runner = OrtPool(bundle).get("t1"), open_tensorrt(bundle).pool.get("t1")
+    want, cache = cpu.new_cache(), runner.new_cache()
+    first = cpu.prefill(want, PROMPT).copy()
+    gpu.trt.runs.clear()
+    np.testing.assert_allclose(runner.prefill(cache, PROMPT), first, atol=TOLERANCE)
+    assert [n for _, n in gpu.trt.runs] == [24, 24, 22, 1]
+    assert [g.rpartition("/")[2] for g, _ in gpu.trt.runs] == ["prefill.onnx"] * 3 + ["decode.onnx"]
+    np.testing.assert_allclose(runner.forward(cache, [7]), cpu.forward(want, [7]), atol=TOLERANCE)
+    np.testing.assert_allclose(run_all(runner, PROMPT[:9]), run_all(cpu, PROMPT[:9]), atol=TOLERANCE)
+
+
 def test_an_engine_with_logits_of_every_position_gives_them_at_once(make_engines: Any, gpu: Any) -> None:
     """No step per token where the profile allows more logits."""
     bundle = make_engines(logits=24)
