@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eopc_runtime.bundle import Bundle, Manifest, TierInfo
+from eopc_runtime.cpu_features import int8_products_overflow
 from eopc_runtime.errors import BundleError, MissingExtraError
 from eopc_runtime.memory import release_memory
 from eopc_runtime.runners.base import Logits, Wanted, adoption, causal_mask, check_room
@@ -72,10 +73,12 @@ class OrtTier:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(bundle.root.resolve())
         )
+        graph = exact or bundle.path(info.graph).read_bytes()
+        if not providers and rounds_inputs(graph) and int8_products_overflow():
+            # rounded inputs are multiplied in floating point: exact, but slower and with unpacked weights
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:
-            self._session = ort.InferenceSession(
-                exact or bundle.path(info.graph).read_bytes(), options, providers=[*providers, "CPUExecutionProvider"]
-            )
+            self._session = ort.InferenceSession(graph, options, providers=[*providers, "CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises many types; none means anything to a user
             raise BundleError(
                 f"ONNX Runtime {ort.__version__} cannot load {info.graph}: {str(error).splitlines()[0][:200]} "
@@ -261,6 +264,11 @@ class OrtPool:
     def close(self) -> None:
         """Release every session."""
         self._loaded.clear()
+
+
+def rounds_inputs(graph: bytes) -> bool:
+    """Whether a serialised graph rounds what its matrices read: it has QuantizeLinear, whose name is in clear."""
+    return b"QuantizeLinear" in graph
 
 
 def check_interface(session: Any, manifest: Manifest, info: TierInfo) -> None:
