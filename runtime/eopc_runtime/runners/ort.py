@@ -27,6 +27,10 @@ from eopc_runtime.runners.base import Logits, Wanted, adoption, causal_mask, che
 
 GROWTH = 128  # slots a cache grows by; each growth copies the used part once
 PREFILL_CHUNK = 256  # tokens; attention of a chunk reads the cache up to its end only, so causality saves work
+NO_VNNI = (
+    "this CPU has no VNNI, without which int8 products overflow, so this bundle's run in floating point: slower, and "
+    "in more memory. Build it here for a form that suits this CPU."
+)
 RESIDENT_FACTOR = 1.4  # loaded weights may reach this multiple of the largest tier's
 
 
@@ -74,8 +78,8 @@ class OrtTier:
             "session.model_external_initializers_file_folder_path", str(bundle.root.resolve())
         )
         graph = exact or bundle.path(info.graph).read_bytes()
-        if not providers and rounds_inputs(graph) and int8_products_overflow():
-            # rounded inputs are multiplied in floating point: exact, but slower and with unpacked weights
+        self.in_floating_point = not providers and rounds_inputs(graph) and int8_products_overflow()
+        if self.in_floating_point:  # exact, but slower and with unpacked weights
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:
             self._session = ort.InferenceSession(graph, options, providers=[*providers, "CPUExecutionProvider"])
@@ -255,6 +259,12 @@ class OrtPool:
 
     def _load(self, info: TierInfo) -> OrtTier:
         return OrtTier(self._bundle, info, self._threads)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how the loaded tiers run."""
+        slow = any(tier.in_floating_point for tier in self._loaded.values())
+        return (NO_VNNI,) if slow else ()
 
     @property
     def resident(self) -> tuple[str, ...]:
