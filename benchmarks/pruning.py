@@ -1,7 +1,7 @@
 """Static pruning measured: methods, iteration, mixture, handover and ladders, on perplexity of held-out text.
 
     python benchmarks/pruning.py methods   --corpora FOLDER      every method of eopc prune on the same text
-    python benchmarks/pruning.py iteration --corpora FOLDER      S = 1, S = 10, and fewer steps with all that text
+    python benchmarks/pruning.py iteration --corpora FOLDER      S = 10 against S = 1, on a step's text and on all of it
     python benchmarks/pruning.py mixture   --corpora FOLDER      calibrated on text, code, maths, or their mixture
     python benchmarks/pruning.py recover   --corpora FOLDER      the default method, then --minutes of distillation
 
@@ -66,13 +66,12 @@ def methods(args: argparse.Namespace) -> list[Run]:
 
 
 def iteration(args: argparse.Namespace) -> list[Run]:
-    """S = 1 and S = 10 at --tokens per step, and S = 1 and S = 2 with all the text of S = 10."""
+    """S = 1 and S = 10 at --tokens per step, and S = 1 with all the text of S = 10."""
     one = PruneRequest(args.ratio, "ffn", 32, seed=args.seed, steps=1)
     return [
         Run("S=1", "iterative", DOMAINS, args.tokens, one),
         Run("S=1, 10x text", "iterative", DOMAINS, 10 * args.tokens, one),
         Run("S=10", "iterative", DOMAINS, 10 * args.tokens, replace(one, steps=10)),
-        Run("S=2, 10x text", "iterative", DOMAINS, 10 * args.tokens, replace(one, steps=2)),
     ]
 
 

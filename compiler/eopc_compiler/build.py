@@ -6,7 +6,6 @@ import errno
 import glob
 import json
 import math
-import resource
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from eopc_compiler.cache import StageCache
 from eopc_compiler.pipeline import run_passes
 from eopc_compiler.stage_bundle import move_into_place
 from eopc_compiler.state import BuildArgs, CompileState
+from eopc_runtime.cli.machine import peak_rss_bytes
 from eopc_runtime.engines import list_engine_sets, set_folder
 from eopc_runtime.errors import EopcError, UsageError
 from eopc_runtime.profiles import load_profile
@@ -127,8 +127,7 @@ def build(
         for leftover in siblings(args.output, "staged"):
             shutil.rmtree(leftover, ignore_errors=True)
         cache.close()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return BuildResult(args.output, state, time.monotonic() - start, peak, tuple(cache.reused))
+    return BuildResult(args.output, state, time.monotonic() - start, peak_rss_bytes(), tuple(cache.reused))
 
 
 def check_output(output: Path, dry_run: bool) -> None:

@@ -166,10 +166,13 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         x = self.embed_tokens(input_ids)  # [1, S, hidden]
         keys, values = list(keys), list(values)
+        last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            x, keys[i], values[i] = layer(x, rotary, write_index, attn_mask, keys[i], values[i])
-        # only the wanted positions pay for the head: [S, vocab] is never held
-        return self.norm(torch.index_select(x, 1, logits_index)), keys, values
+            # Of positions whose logits are not wanted, the last layer has only K and V to give. Not where it is the
+            # first: ONNX Runtime 1.32 moves the embedding's DequantizeLinear behind a Gather, with the wrong scales.
+            rows = logits_index if i == last > 0 else None
+            x, keys[i], values[i] = layer(x, rotary, write_index, attn_mask, keys[i], values[i], rows)
+        return self.norm(x if last else torch.index_select(x, 1, logits_index)), keys, values
 
 
 class Block(nn.Module):
@@ -189,10 +192,21 @@ class Block(nn.Module):
         return self
 
     def forward(
-        self, x: Tensor, rotary: Rotary, write_index: Tensor, mask: Tensor, key: Tensor, value: Tensor
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        write_index: Tensor,
+        mask: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run x [B, S, hidden]; with `rows` [N], keys and values of all positions are written, and N of them go on."""
+        normed = self.input_layernorm(x) if self.self_attn.kv_heads else x
+        if rows is not None:
+            x = torch.index_select(x, 1, rows)
         if self.self_attn.kv_heads:
-            attended, key, value = self.self_attn(self.input_layernorm(x), rotary, write_index, mask, key, value)
+            attended, key, value = self.self_attn(normed, rotary, write_index, mask, key, value, rows)
             x = x + attended
         if self.mlp.width:
             x = x + self.mlp(self.post_attention_layernorm(x))
@@ -222,14 +236,22 @@ class Attention(nn.Module):
         self.o_proj.fuse()
 
     def forward(
-        self, x: Tensor, rotary: Rotary, write_index: Tensor, mask: Tensor, key: Tensor, value: Tensor
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        write_index: Tensor,
+        mask: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, _ = x.shape
         q, k, v, scale = self.project(x, rotary)
         key = self.ops.write_cache(key, k, write_index)
         value = self.ops.write_cache(value, v, write_index)
-        out = self.ops.attention(q, key, value, mask, scale)  # [B, q_heads, S, head_dim]
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1)), key, value
+        if rows is not None:
+            q, mask = torch.index_select(q, 2, rows), torch.index_select(mask, 2, rows)
+        out = self.ops.attention(q, key, value, mask, scale)  # [B, q_heads, S or N, head_dim]
+        return self.o_proj(out.transpose(1, 2).flatten(2)), key, value
 
     def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, float]:
         """Queries [B, q_heads, S, head_dim], keys and values [B, kv_heads, S, head_dim], and the scale of scores."""

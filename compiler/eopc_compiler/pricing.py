@@ -5,6 +5,7 @@ from __future__ import annotations
 from eopc_compiler.assemble import Storage
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.state import CompileState
+from eopc_runtime.cpu_features import int8_products_overflow
 from eopc_runtime.energy import prior_energy, prior_table
 
 
@@ -15,7 +16,8 @@ def storage_for(state: CompileState, precision: str) -> Storage:
     q_widths = {d.num_key_value_heads * config.query_group_size * config.head_dim for d in config.layers}
     widths = {config.hidden_size, config.query_group_size * config.head_dim, state.align, *q_widths}
     profile, layers = state.profile, len(config.layers)
-    static_inputs = profile.precision(precision).static_inputs
+    # only the CPU's profile has them, and its bundles are built where they run
+    static_inputs = profile.precision(precision).static_inputs and not int8_products_overflow()
     return Storage.choose(precision, profile.compute_dtype, state.dialect, widths, layers, static_inputs)
 
 

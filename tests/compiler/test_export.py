@@ -24,6 +24,7 @@ from eopc_compiler.ladder import Mask, full_mask, tier_config
 from eopc_compiler.model import Cache, Llama, Projection, build_model, causal_mask
 from eopc_compiler.parity import without_rounded_inputs
 from eopc_compiler.weights import WeightReader
+from eopc_runtime.cpu_features import int8_products_overflow
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -88,6 +89,8 @@ class Runner:
         data = (ladder.root / f"tiers/t{tier}/model.onnx").read_bytes()
         if not rounded:
             data = without_rounded_inputs(data)
+        elif int8_products_overflow():  # as the runtime does
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         self.session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         self.layers, self.head_dim = ladder.masks[tier].layers, ladder.config.head_dim
         self.dtype = ladder.kind[1]

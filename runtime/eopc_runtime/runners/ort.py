@@ -20,12 +20,17 @@ import numpy as np
 import numpy.typing as npt
 
 from eopc_runtime.bundle import Bundle, Manifest, TierInfo
+from eopc_runtime.cpu_features import int8_products_overflow
 from eopc_runtime.errors import BundleError, MissingExtraError
 from eopc_runtime.memory import release_memory
 from eopc_runtime.runners.base import Logits, Wanted, adoption, causal_mask, check_room
 
 GROWTH = 128  # slots a cache grows by; each growth copies the used part once
 PREFILL_CHUNK = 256  # tokens; attention of a chunk reads the cache up to its end only, so causality saves work
+NO_VNNI = (
+    "this CPU has no VNNI, without which int8 products overflow, so this bundle's run in floating point: slower, and "
+    "in more memory. Build it here for a form that suits this CPU."
+)
 RESIDENT_FACTOR = 1.4  # loaded weights may reach this multiple of the largest tier's
 
 
@@ -75,22 +80,27 @@ class OrtTier:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(bundle.root.resolve())
         )
+        graph = exact or bundle.path(info.graph).read_bytes()
+        self.in_floating_point = not providers and rounds_inputs(graph) and int8_products_overflow()
+        if self.in_floating_point:  # exact, but slower and with unpacked weights
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
 
-        def load(graph: str, content: bytes | None) -> Any:
+        def load(path: str, content: bytes) -> Any:
             try:
-                session = ort.InferenceSession(
-                    content or bundle.path(graph).read_bytes(), options, providers=[*providers, "CPUExecutionProvider"]
-                )
+                session = ort.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises many types; none means anything to a user
                 raise BundleError(
-                    f"ONNX Runtime {ort.__version__} cannot load {graph}: {str(error).splitlines()[0][:200]} "
+                    f"ONNX Runtime {ort.__version__} cannot load {path}: {str(error).splitlines()[0][:200]} "
                     f"This graph needs opset {manifest.opset}; upgrade onnxruntime or rebuild the bundle."
                 ) from error
-            check_interface(session, manifest, info, graph)
+            check_interface(session, manifest, info, path)
             return session
 
-        self._session = load(info.graph, exact)
-        self._prompt_session = load(info.prefill.graph, exact_prefill) if info.prefill else None
+        self._session = load(info.graph, graph)
+        self._prompt_session: Any = None
+        if info.prefill is not None:
+            prompt = exact_prefill or bundle.path(info.prefill.graph).read_bytes()
+            self._prompt_session = load(info.prefill.graph, prompt)
         release_memory()  # loading leaves unpacked copies behind: on a 135M model 60 to 90 MB of 330
         self._ort = ort
         self.tier, self._layers, self._context = info.tier, info.layers, manifest.context
@@ -291,6 +301,12 @@ class OrtPool:
         return OrtTier(self._bundle, info, self._threads)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how the loaded tiers run."""
+        slow = any(tier.in_floating_point for tier in self._loaded.values())
+        return (NO_VNNI,) if slow else ()
+
+    @property
     def resident(self) -> tuple[str, ...]:
         """Names of the loaded tiers, least recently used first."""
         return tuple(self._loaded)
@@ -300,12 +316,21 @@ class OrtPool:
         self._loaded.clear()
 
 
+<<<<<<< HEAD
 def resident_bytes(info: TierInfo) -> int:
     """Weights a loaded tier holds, those of a prefill graph of its own included."""
     return info.cost.weight_bytes + (info.cost.prefill.weight_bytes if info.cost.prefill else 0)
 
 
 def check_interface(session: Any, manifest: Manifest, info: TierInfo, graph: str) -> None:
+=======
+def rounds_inputs(graph: bytes) -> bool:
+    """Whether a serialised graph rounds what its matrices read: it has QuantizeLinear, whose name is in clear."""
+    return b"QuantizeLinear" in graph
+
+
+def check_interface(session: Any, manifest: Manifest, info: TierInfo) -> None:
+>>>>>>> main
     """Compare the caches and logits of a loaded graph with what the manifest says of the tier.
 
     Raises:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pytest
 from click.testing import Result
 
 from eopc_runtime.cli import doctor, machine
@@ -128,6 +131,15 @@ def test_doctor_reads_the_gpu_report() -> None:
         raise subprocess.CalledProcessError(1, "python")
 
     assert "No CUDA driver" in (doctor.gpu_check(no_driver).fix or "")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only /proc tells a process from its parent")
+def test_peak_memory_is_of_this_process_alone() -> None:
+    """A child of a large process is not as large, although getrusage says so."""
+    large = np.ones(60 << 20)  # 480 MiB of pages that are there
+    code = "from eopc_runtime.cli.machine import peak_rss_bytes; print(peak_rss_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1 << 20 < int(done.stdout) < large.nbytes / 2
 
 
 def test_machine_facts_come_from_proc(tmp_path: Path) -> None:
