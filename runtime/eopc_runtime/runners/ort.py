@@ -316,21 +316,17 @@ class OrtPool:
         self._loaded.clear()
 
 
-<<<<<<< HEAD
 def resident_bytes(info: TierInfo) -> int:
     """Weights a loaded tier holds, those of a prefill graph of its own included."""
     return info.cost.weight_bytes + (info.cost.prefill.weight_bytes if info.cost.prefill else 0)
 
 
-def check_interface(session: Any, manifest: Manifest, info: TierInfo, graph: str) -> None:
-=======
 def rounds_inputs(graph: bytes) -> bool:
     """Whether a serialised graph rounds what its matrices read: it has QuantizeLinear, whose name is in clear."""
     return b"QuantizeLinear" in graph
 
 
-def check_interface(session: Any, manifest: Manifest, info: TierInfo) -> None:
->>>>>>> main
+def check_interface(session: Any, manifest: Manifest, info: TierInfo, graph: str) -> None:
     """Compare the caches and logits of a loaded graph with what the manifest says of the tier.
 
     Raises:
