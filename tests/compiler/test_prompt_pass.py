@@ -22,6 +22,14 @@ from eopc_compiler.importance import observe
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.model import Cache, Llama, Projection, PromptPass, build_model, causal_mask
 from eopc_compiler.parity import without_rounded_inputs
+from eopc_compiler.prefill_ablation import (
+    PrefillPruning,
+    added_loss,
+    continuation_losses,
+    first,
+    interleaved,
+    last,
+)
 from eopc_compiler.prompt_cache import PromptCache
 from eopc_compiler.sequences import run_blocks, run_layer
 from eopc_compiler.weights import WeightReader, WeightWriter
@@ -212,3 +220,29 @@ def run_graph(root: Path, ids: list[int], like: Cache, dtype: str) -> list[Tenso
         }
         caches = session.run(None, feeds | dict(zip(names, caches, strict=True)))
     return [torch.from_numpy(c).float() for c in caches]
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_reference_with_all_its_parts_is_what_builds_reckon_with(make_tiny: MakeTiny, depth: int) -> None:
+    """The paper's procedure, written a second time for ablations, gives the same losses."""
+    model, tokens = deployed(make_tiny), tokens_of(3)
+    pruning = PrefillPruning(last(3, 3 - depth))
+    want = continuation_losses(model, tokens, PROMPT, pruning).mean()
+    found = ContinuationLoss(model, [Batch(0, 1.0, tokens)], PROMPT, depth).of_mask(full_mask(model.config))[0]
+    assert found == pytest.approx(float(want), abs=1e-5)
+
+
+@pytest.mark.usefixtures("exact")
+def test_skipping_the_last_layer_alone_harms_nothing_but_without_its_keys_and_values(make_tiny: MakeTiny) -> None:
+    """It has nothing else to give to a prompt; independent KV is then exact, and holding none is not."""
+    model, tokens = deployed(make_tiny), tokens_of(3)
+    assert added_loss(model, tokens, PROMPT, {2}) == pytest.approx(0, abs=1e-6)
+    assert abs(added_loss(model, tokens, PROMPT, {2}, independent_kv=False)) > 1e-3
+
+
+def test_choices_of_layers_are_as_many_as_asked_for() -> None:
+    """From the end, from the start, and spread over all of them."""
+    assert last(30, 3) == {27, 28, 29} and first(30, 3) == {0, 1, 2}
+    for count in (1, 7, 10, 29, 30):
+        assert len(interleaved(30, count)) == count and interleaved(30, count) <= set(range(30))

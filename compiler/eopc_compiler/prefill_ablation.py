@@ -1,0 +1,69 @@
+"""Prefill-only pruning (POP, arXiv 2602.03295) with each of its parts left out: what a part is worth.
+
+A reference for tables and tests; builds use `prompt_cache.PromptCache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eopc_compiler.model import Llama
+from eopc_compiler.sequences import Past, keys_and_values, next_token_losses, run_layer
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPruning:
+    """Which layers a prompt skips, and how."""
+
+    skipped: frozenset[int]
+    independent_kv: bool = True  # a skipped layer writes keys and values of its input; else it holds none of the prompt
+    boundary: bool = True  # the prompt's last token runs through the whole model; else it skips as well
+
+
+def last(layers: int, count: int) -> frozenset[int]:
+    """The deepest layers: the paper's choice."""
+    return frozenset(range(layers - count, layers))
+
+
+def first(_layers: int, count: int) -> frozenset[int]:
+    """The shallowest layers."""
+    return frozenset(range(count))
+
+
+def interleaved(layers: int, count: int) -> frozenset[int]:
+    """Layers at even distances."""
+    return frozenset(round((i + 0.5) * layers / count - 0.5) for i in range(count))
+
+
+@torch.no_grad()
+def continuation_losses(model: Llama, tokens: Tensor, prompt: int, pruning: PrefillPruning) -> Tensor:
+    """Losses [n, S - prompt - 1] in nats of the continuation's tokens but the first, the whole model answering.
+
+    Args:
+        tokens: ids [n, S].
+        prompt: tokens of the prompt, at least 2.
+    """
+    if prompt < 2 or not set(pruning.skipped) <= set(range(len(model.blocks))):
+        raise ValueError("a prompt has at least 2 tokens, and only layers of the model can be skipped")
+    border = prompt - 1 if pruning.boundary else prompt
+    x = model.model.embed_tokens(tokens)
+    skipping, running = x[:, :border], x[:, border:]
+    for index, layer in enumerate(model.blocks):
+        held: Past | None = keys_and_values(model, layer, skipping)
+        if index not in pruning.skipped:
+            skipping = run_layer(model, layer, skipping)
+        elif not pruning.independent_kv:
+            held = None  # rotary positions only count as distances, so the answer alone may start at 0
+        running = run_layer(model, layer, running, held)
+    return next_token_losses(model, running[:, prompt - border :], tokens[:, prompt:])
+
+
+def added_loss(model: Llama, tokens: Tensor, prompt: int, skipped: Collection[int], **parts: bool) -> float:
+    """Mean nats per continuation token that a pruned prompt adds to a dense one; `parts` of `PrefillPruning`."""
+    dense = continuation_losses(model, tokens, prompt, PrefillPruning(frozenset()))
+    pruned = continuation_losses(model, tokens, prompt, PrefillPruning(frozenset(skipped), **parts))
+    return float((pruned - dense).double().mean())
