@@ -219,12 +219,12 @@ def plan_tiers(state: CompileState) -> CompileState:
         tiers = plan_ladder(full, args.budgets_j, objective, args.search_seconds, args.seed, state.tick)
 
         def behind(depth: int) -> Behind:
-            assert state.selection
-            losses = ContinuationLoss(model, state.selection.batches(), args.prompt_part, depth)
+            text = state.selection.batches() if state.selection else ()
+            losses = lru_cache(lambda: ContinuationLoss(model, text, args.prompt_part, depth))  # not before it is asked
 
             def loss(mask: Mask) -> float:
                 if mask == full:
-                    return mean(losses.of_mask(mask).values())
+                    return mean(losses().of_mask(mask).values())
                 count = state.counter("repairing a candidate")
                 return mean(
                     losses.of_tier(repair(state, model, mask, FINALIST_WINDOWS, count, depth)[0], mask).values()
