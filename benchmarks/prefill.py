@@ -23,7 +23,7 @@ from corpora import add_corpora_option, evaluation_windows
 from eopc_compiler.calibration import CalibrationSet
 from eopc_compiler.checkpoint import open_checkpoint
 from eopc_compiler.model import Llama, build_model
-from eopc_compiler.prefill_ablation import added_loss, first, interleaved, last
+from eopc_compiler.prefill_ablation import PrefillPruning, continuation_losses, first, interleaved, last
 from eopc_compiler.stage_importance import stage_importance
 from eopc_runtime.bundle import Bundle, TierInfo
 from eopc_runtime.runners.ort import OrtTier
@@ -53,8 +53,14 @@ def ablation(args: argparse.Namespace) -> None:
         (f"{count} interleaved", interleaved(layers, count), {}),
         (f"first {count}", first(layers, count), {}),
     ]
+    nothing = PrefillPruning(frozenset())
+    dense = {d: continuation_losses(model, tokens, PROMPT, nothing).mean() for d, tokens in windows.domains}
     for name, skipped, parts in rows:
-        added = {d: added_loss(model, tokens, PROMPT, skipped, **parts) for d, tokens in windows.domains}
+        pruning = PrefillPruning(skipped, **parts)
+        added = {
+            d: float(continuation_losses(model, tokens, PROMPT, pruning).mean() - dense[d])
+            for d, tokens in windows.domains
+        }
         click.echo(f"{name:32}" + "  ".join(f"{d} {value:+.3f}" for d, value in added.items()))
 
 

@@ -5,7 +5,6 @@ A reference for tables and tests; builds use `prompt_cache.PromptCache`.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -60,10 +59,3 @@ def continuation_losses(model: Llama, tokens: Tensor, prompt: int, pruning: Pref
             held = None  # rotary positions only count as distances, so the answer alone may start at 0
         running = run_layer(model, layer, running, held)
     return next_token_losses(model, running[:, prompt - border :], tokens[:, prompt:])
-
-
-def added_loss(model: Llama, tokens: Tensor, prompt: int, skipped: Collection[int], **parts: bool) -> float:
-    """Mean nats per continuation token that a pruned prompt adds to a dense one; `parts` of `PrefillPruning`."""
-    dense = continuation_losses(model, tokens, prompt, PrefillPruning(frozenset()))
-    pruned = continuation_losses(model, tokens, prompt, PrefillPruning(frozenset(skipped), **parts))
-    return float((pruned - dense).double().mean())
