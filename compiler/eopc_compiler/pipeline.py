@@ -226,9 +226,8 @@ def plan_tiers(state: CompileState) -> CompileState:
                 if mask == full:
                     return mean(losses().of_mask(mask).values())
                 count = state.counter("repairing a candidate")
-                return mean(
-                    losses.of_tier(repair(state, model, mask, FINALIST_WINDOWS, count, depth)[0], mask).values()
-                )
+                tier, _ = repair(state, model, mask, FINALIST_WINDOWS, count, depth)
+                return mean(losses().of_tier(tier, mask).values())
 
             return Behind(lambda mask: plan_energy(state, mask, storage, depth), loss)
 
