@@ -37,7 +37,8 @@ def compile_proxies(state: CompileState) -> CompileState:
         return state
     bundle = Bundle.open(state.staged, verify=False)
     tiers = bundle.manifest.tiers
-    chosen = {"all": tiers, "ends": (tiers[0], tiers[-1]), "none": ()}[state.args.proxy]
+    ends = (tiers[0], *(t for t in tiers if t.prefill), tiers[-1])  # a graph of its own for prompts is an end, too
+    chosen = {"all": tiers, "ends": ends, "none": ()}[state.args.proxy]
     notes: dict[str, dict[str, Any]] = {t.tier: {"skipped": f"--proxy {state.args.proxy}"} for t in tiers}
     if chosen:
         notes |= _compile(state, bundle, list(dict.fromkeys(t.tier for t in chosen)))

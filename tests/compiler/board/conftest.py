@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 from eopc_compiler.assemble import Storage, write_weights
 from eopc_compiler.config import LayerDims
 from eopc_compiler.dialects import DIALECTS
-from eopc_compiler.export import export_tier
+from eopc_compiler.export import WeightTable, export_prompt_pass, export_tier
+from eopc_compiler.extras import key_value_entries
 from eopc_compiler.ladder import Mask, UnitOrder, full_mask, tier_config
-from eopc_runtime.bundle import LayerInfo, Manifest, ModelInfo, TierInfo, Workload, file_entry
+from eopc_compiler.weights import WeightReader, WeightWriter
+from eopc_runtime.bundle import LayerInfo, Manifest, ModelInfo, PrefillInfo, TierInfo, Workload, file_entry
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
 
 CONTEXT = 256
@@ -27,10 +30,13 @@ MakeTier = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_tier(cached_traces: None, make_tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> MakeTier:
-    """Writes one tier and returns the folder its weights.bin lies in; the graph is tiers/<tier>/model.onnx."""
+    """Writes one tier and returns the folder its weights.bin lies in; the graph is tiers/<tier>/model.onnx.
+
+    With `depth`, also the graph of prompts that run through so many layers of t0, tiers/<tier>/prefill.onnx.
+    """
     done: dict[tuple[object, ...], tuple[Path, Any, Any]] = {}
 
-    def make(precision: str, dialect: str, dtype: str, tier: str, bias: bool = False) -> Path:
+    def make(precision: str, dialect: str, dtype: str, tier: str, bias: bool = False, depth: int = 0) -> Path:
         key = (precision, dialect, dtype, bias)
         changes = {"model_type": "qwen2"} if bias else {}
         config, tensors = make_tiny(
@@ -59,6 +65,11 @@ def make_tier(cached_traces: None, make_tiny: Any, tmp_path_factory: pytest.Temp
         if not path.exists():
             sliced = tier_config(config, masks[int(tier[1:])])
             export_tier(sliced, DIALECTS[dialect], table, storage.dtype, CONTEXT, path)
+        if depth and not (prompt := path.with_name("prefill.onnx")).exists():
+            with WeightWriter(root / "own.bin", "own.bin") as writer:
+                own = key_value_entries(writer, table, WeightReader(root / "weights.bin"), config, depth)
+            own_table = table.with_extras(WeightTable(own))
+            export_prompt_pass(config, depth, DIALECTS[dialect], own_table, storage.dtype, CONTEXT, prompt)
         return root
 
     return make
@@ -68,26 +79,25 @@ def make_tier(cached_traces: None, make_tiny: Any, tmp_path_factory: pytest.Temp
 def make_bundle(make_tier: MakeTier) -> Callable[..., Path]:
     """Writes a bundle of three tiers into a folder; graphs and weights are real, prices are not.
 
-    With `apart`, every tier has a graph per phase beside its common one.
+    With `apart`, prompts run through one of t0's two layers, by a graph of their own.
     """
 
     def make(root: Path, dialect: str, device: str, apart: bool = False) -> Path:
         for tier in ("t0", "t1", "t2"):
-            shutil.copytree(make_tier("fp16", dialect, "float16", tier), root, dirs_exist_ok=True)
+            depth = int(apart and tier == "t0")
+            shutil.copytree(make_tier("fp16", dialect, "float16", tier, depth=depth), root, dirs_exist_ok=True)
             (root / "tiers" / tier / "mask.json").write_text("{}")
-            for phase in ("prefill", "decode") if apart else ():
-                shutil.copy(root / "tiers" / tier / "model.onnx", root / "tiers" / tier / f"{phase}.onnx")
         (root / "tokenizer").mkdir()
         (root / "tokenizer/tokenizer.json").write_text("{}")
         energies = tuple(TierEnergy(f"t{i}", 0.1, 0.01, 0.0, 0.5, 0.001, 0.001, "prior") for i in range(3))
         (root / "energy.json").write_text(json.dumps(EnergyTable(device, "prior", 0.0, energies).to_json()))
-        write_bundle_manifest(root, dialect, device)
+        write_bundle_manifest(root, dialect, device, apart)
         return root
 
     return make
 
 
-def write_bundle_manifest(root: Path, dialect: str, device: str) -> None:
+def write_bundle_manifest(root: Path, dialect: str, device: str, apart: bool = False) -> None:
     """The manifest of `make_bundle`, listing what is there now."""
     whole = tuple(LayerInfo(i, 2, 256) for i in range(2))
     kept = (whole, *(tuple(LayerInfo(d.source_layer, d.num_key_value_heads, d.intermediate_size) for d in m.layers)
@@ -100,6 +110,9 @@ def write_bundle_manifest(root: Path, dialect: str, device: str) -> None:
         )
         for i, layers in enumerate(kept)
     )  # fmt: skip
+    if apart:
+        cost = replace(tiers[0].cost, prefill=tiers[0].cost)
+        tiers = (replace(tiers[0], prefill=PrefillInfo(1, "tiers/t0/prefill.onnx"), cost=cost), *tiers[1:])
     names = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and p.name != "manifest.json")
     model = ModelInfo("tiny", "tests", "llama", 160, 128, 64, 2, CONTEXT, None, ())
     manifest = Manifest(

@@ -117,11 +117,11 @@ def test_a_proxy_is_labelled_and_keeps_no_plan(primitive: Path) -> None:
 
 @needs_rtx
 def test_graphs_of_two_phases_become_two_plans(make_bundle: Any, tmp_path: Path) -> None:
-    """Where a tier has prefill.onnx and decode.onnx, each gets a plan of its own with one profile."""
+    """Where prompts run through a graph of their own, each gets a plan of its own with one profile."""
     bundle = make_bundle(tmp_path / "b.eopc", "native", "rtx-4090", apart=True)
-    built = eopc("engine", bundle, "--tier", "t2")["engines"]
-    assert [(e["phase"], e["file"]) for e in built] == [("decode", "t2.decode.plan"), ("prefill", "t2.prefill.plan")]
-    assert all(e["attention_layers"] == 1 for e in built)
+    built = eopc("engine", bundle, "--tier", "t0")["engines"]
+    assert [(e["phase"], e["file"]) for e in built] == [("decode", "t0.decode.plan"), ("prefill", "t0.prefill.plan")]
+    assert [(e["attention_layers"], e["decomposed_attention"]) for e in built] == [(2, False), (1, False)]
     assert [e["phase"] for e in eopc("inspect", bundle)["engines"]] == ["decode", "prefill"]
 
 

@@ -92,6 +92,16 @@ def test_a_phase_of_its_own_is_half_of_both(make_tier: Any, rtx: Any) -> None:
     assert decode.bytes < 0.7 * both.bytes
 
 
+@pytest.mark.parametrize("target", [86, 89])
+@pytest.mark.parametrize("dialect", ["native", "primitive"])
+def test_a_prompt_that_skips_layers_builds(dialect: str, target: int, make_tier: Any, rtx: Any) -> None:
+    """Its graph has no logits, and fused attention in the layers that run only: one of two."""
+    root = make_tier("fp16", dialect, "float16", "t0", depth=1)
+    model = prepare_for_tensorrt(root, Path("tiers/t0/prefill.onnx"), SETTINGS.cache_len)
+    plan = build_plan(rtx, model, root, target, SETTINGS, "prefill")
+    assert (plan.profiles, plan.attention_layers) == (1, 1)
+
+
 def test_progress_is_tensorrts_own(make_tier: Any, rtx: Any) -> None:
     """Phases with steps that count up to what was announced."""
     seen: list[tuple[str, int, int]] = []
