@@ -234,29 +234,19 @@ def test_eval_through_the_runtime_equals_torch(tiny_bundle: Path, tiny_checkpoin
     assert row["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-3)
 
 
-def test_on_a_cpu_whose_products_overflow_codes_are_multiplied_in_floating_point(
+def test_cpus_whose_int8_products_overflow_get_what_they_can_multiply(
     build_settings: Settings, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same answer as rounding in PyTorch gives, and a note that another build suits this CPU better."""
-    monkeypatch.setattr(pricing, "int8_products_overflow", lambda: False)  # as if built on a CPU with VNNI
-    root = tmp_path / "int8.eopc"
-    build(build_settings(tiny_checkpoint, root, precision=("int8",), budgets_j=(1000.0,)))
-    monkeypatch.setattr(ort_runner, "int8_products_overflow", lambda: True)
-    with Session.open(root) as session:
-        assert session.generate("abc", max_new_tokens=2).completion_tokens >= 1
-        assert session.notes == (ort_runner.NO_VNNI,)
-    parity = Bundle.open(root).manifest.tiers[0].parity
-    assert 0 < float(str(parity["max_logit_error"])) < 1e-3
-
-
-def test_a_build_on_a_cpu_without_vnni_leaves_inputs_as_they_are(
-    build_settings: Settings, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its int8 weights are unpacked block by block instead."""
-    graphs = {}
+    """Built there, inputs are not rounded; built elsewhere, it runs in floating point there, and a note says so."""
+    roots = {}
     for overflow in (False, True):
         monkeypatch.setattr(pricing, "int8_products_overflow", lambda overflow=overflow: overflow)
-        root = tmp_path / f"{overflow}.eopc"
-        build(build_settings(tiny_checkpoint, root, precision=("int8",), budgets_j=(1000.0,)))
-        graphs[overflow] = ort_runner.rounds_inputs((root / "tiers/t0/model.onnx").read_bytes())
-    assert graphs == {False: True, True: False}
+        roots[overflow] = tmp_path / f"{overflow}.eopc"
+        build(build_settings(tiny_checkpoint, roots[overflow], precision=("int8",), budgets_j=(1000.0,)))
+    graphs = {o: (root / "tiers/t0/model.onnx").read_bytes() for o, root in roots.items()}
+    assert {o: ort_runner.rounds_inputs(graph) for o, graph in graphs.items()} == {False: True, True: False}
+    monkeypatch.setattr(ort_runner, "int8_products_overflow", lambda: True)
+    for overflow, notes in ((False, (ort_runner.NO_VNNI,)), (True, ())):
+        with Session.open(roots[overflow]) as session:
+            assert session.generate("abc", max_new_tokens=2).completion_tokens >= 1
+            assert session.notes == notes

@@ -157,16 +157,15 @@ def test_a_prompt_of_one_token_skips_nothing(make_tiny: MakeTiny) -> None:
         PromptCache(deployed(make_tiny), 1, 2)
 
 
-KINDS = [
-    ("primitive", "float32", "fp32", False),
-    ("primitive", "float16", "int8", False),
-    ("native", "float32", "int4", False),
-    ("native", "float32", "int8", True),
+KINDS = [  # dialect, compute type, precision, static inputs, whether a tier below cuts q/k/v into pieces
+    ("primitive", "float32", "fp32", False, True),
+    ("primitive", "float16", "int8", False, False),
+    ("native", "float32", "int4", False, True),
+    ("native", "float32", "int8", True, False),
 ]
 
 
-@pytest.mark.parametrize(("dialect", "dtype", "precision", "static"), KINDS)
-@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+@pytest.mark.parametrize(("dialect", "dtype", "precision", "static", "cut"), KINDS)
 def test_the_graph_writes_what_pytorch_writes(
     make_tiny: MakeTiny, tmp_path: Path, dialect: str, dtype: str, precision: str, static: bool, cut: bool
 ) -> None:
