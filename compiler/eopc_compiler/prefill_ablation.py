@@ -40,7 +40,9 @@ def interleaved(layers: int, count: int) -> frozenset[int]:
 
 @torch.no_grad()
 def continuation_losses(model: Llama, tokens: Tensor, prompt: int, pruning: PrefillPruning) -> Tensor:
-    """Losses [n, S - prompt - 1] in nats of the continuation's tokens but the first, the whole model answering.
+    """Losses [n, S - prompt] in nats of the continuation's tokens, the whole model answering.
+
+    The prompt's last token predicts the first of them: without a boundary, from where it stopped.
 
     Args:
         tokens: ids [n, S].
@@ -58,4 +60,5 @@ def continuation_losses(model: Llama, tokens: Tensor, prompt: int, pruning: Pref
         elif not pruning.independent_kv:
             held = None  # rotary positions only count as distances, so the answer alone may start at 0
         running = run_layer(model, layer, running, held)
-    return next_token_losses(model, running[:, prompt - border :], tokens[:, prompt:])
+    last_of_prompt = running[:, :0] if pruning.boundary else skipping[:, -1:]
+    return next_token_losses(model, torch.cat([last_of_prompt, running], 1), tokens[:, prompt - 1 :])
