@@ -79,15 +79,15 @@ def load_checkpoint(state: CompileState) -> CompileState:
 
 def choose_dialect(state: CompileState) -> CompileState:
     """The dialect asked for, or the device's first one that carries the precision asked for."""
-    profile, wanted = state.profile, state.args.precision
-    explicit = [p for p in wanted if p != "auto"]
+    profile = state.profile
+    explicit = [p for p in state.args.precision if p != "auto"]
     names = [state.args.dialect] if state.args.dialect else list(profile.dialects)
     if not set(names) <= set(profile.dialects):
         raise DeviceError(f"{profile.name} takes the {' or '.join(profile.dialects)} dialect, not {names[0]}.")
     for name in names:
         if all(p in profile.precisions_for(name) for p in explicit):
-            if name != profile.dialects[0]:
-                state.say(f"{'/'.join(wanted)} needs the {name} dialect on {profile.name} (see eopc devices)")
+            if name != profile.dialects[0] and not state.args.dialect:
+                state.say(f"{'/'.join(explicit)} needs the {name} dialect on {profile.name} (see eopc devices)")
             return replace(state, dialect=DIALECTS[name])
     for precision in explicit:  # raises for the one that is not to be had, with what is
         profile.precision(precision, names[0])

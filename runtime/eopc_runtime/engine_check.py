@@ -2,25 +2,25 @@
 
 Both sides read the same text (teacher-forced), so one wrong token does not lead them apart. A few prompts of rising
 length test the prefill engine with its chunks, then the rest of the text runs step by step through the decode engine.
-Half-precision attention and other kernels change logits a little: the check asks for their direction (cosine
-similarity) and for the most likely token, and says how near they came.
+Prefill gives the logits of its last position alone. That hides nothing: what it computes at the others is used through
+the caches only, and every decode step reads those. Half-precision attention and other kernels change logits a little:
+the check asks for their direction (cosine similarity) and for the most likely token, and says how near they came.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from eopc_runtime.bundle import Bundle
+from eopc_runtime.engines import MIN_COSINE, MIN_TOP1, EngineCheck, EngineRecord, write_checks
 from eopc_runtime.errors import EngineMismatchError, PromptError
 from eopc_runtime.runners.base import Logits, RunnerPool, TierRunner
 from eopc_runtime.tokenizer import Tokenizer
 
-MIN_COSINE = 0.99
-MIN_TOP1 = 0.99
 PROMPTS = 4  # lengths of prompts, up to half of the text
 TOKENS = 256  # read of the text at most: a step of a large model on a board's CPU takes a second
 TEXT = (
@@ -34,31 +34,6 @@ TEXT = (
     "weather in the north, where the first snow had fallen, and about engines, which in his opinion were built "
     "better when he was young."
 )
-
-
-@dataclass(frozen=True, slots=True)
-class EngineCheck:
-    """How near an engine's logits are to those of its graph."""
-
-    tier: str
-    tokens: int  # positions compared
-    cosine_min: float
-    top1_agreement: float  # share of positions with the same most likely token
-
-    @property
-    def ok(self) -> bool:
-        """Whether the engine may be used."""
-        return self.cosine_min >= MIN_COSINE and self.top1_agreement >= MIN_TOP1
-
-    def require(self, bundle: Bundle) -> None:
-        """Raise EngineMismatchError unless the engine may be used."""
-        if not self.ok:
-            raise EngineMismatchError(
-                f"the engine of {self.tier} does not compute what its graph says: over {self.tokens} tokens the "
-                f"cosine of the logits falls to {self.cosine_min:.4f} (at least {MIN_COSINE}) and the most likely "
-                f"token is the same in {self.top1_agreement:.1%} (at least {MIN_TOP1:.0%}). Build it again with "
-                f"another TensorRT or precision: eopc engine {bundle.root}"
-            )
 
 
 def check_against_ort(
@@ -89,25 +64,39 @@ def check_against_ort(
     # with `exact` ONNX Runtime keeps activations in floating point, as TensorRT does
     reference = OrtTier(bundle, info, threads, exact=bundle.path(info.graph).read_bytes())
     pairs = zip(read_along(pool.get(tier), ids), read_along(reference, ids), strict=True)
-    return summarise(tier, list(pairs))
+    return summarise(list(pairs))
 
 
 def check_engines(
-    bundle: Bundle, tiers: Sequence[str] = (), show: Callable[[str], None] | None = None
-) -> list[EngineCheck]:
-    """Compare the engines that fit this machine with ONNX Runtime, all tiers unless some are named.
+    bundle: Bundle, key: str, tiers: Sequence[str] = (), show: Callable[[str], None] | None = None
+) -> tuple[EngineRecord, ...]:
+    """Compare the engines of a set with ONNX Runtime, all tiers unless some are named.
 
-    Raises what `runners.choose.open_tensorrt` and `check_against_ort` raise.
+    Each result is written into the tier's records at once; all records of the set are returned. Raises what
+    `runners.choose.open_tensorrt` and `check_against_ort` raise.
     """
     from eopc_runtime.runners.choose import open_tensorrt
 
-    found = []
-    with closing(open_tensorrt(bundle).pool) as pool:
+    records: tuple[EngineRecord, ...] = ()
+    with closing(open_tensorrt(bundle, key).pool) as pool:
         for tier in tiers or [info.tier for info in bundle.manifest.tiers]:
             if show is not None:
                 show(f"check {tier} against ONNX Runtime")
-            found.append(check_against_ort(bundle, tier, pool))
-    return found
+            records = write_checks(bundle.root, key, {tier: check_against_ort(bundle, tier, pool)})
+    return records
+
+
+def require_passed(records: Iterable[EngineRecord], bundle_root: Path) -> None:
+    """Raise EngineMismatchError if an engine was compared and computes something else."""
+    for record in records:
+        check = record.check
+        if check is not None and not check.ok:
+            raise EngineMismatchError(
+                f"the engine of {record.tier} does not compute what its graph says: over {check.tokens} tokens the "
+                f"cosine of the logits falls to {check.cosine_min:.4f} (at least {MIN_COSINE}) and the most likely "
+                f"token is the same in {check.top1_agreement:.1%} (at least {MIN_TOP1:.0%}). Build it again with "
+                f"another TensorRT or precision: eopc engine {bundle_root} --rebuild"
+            )
 
 
 def read_along(runner: TierRunner, ids: Sequence[int]) -> Iterator[Logits]:
@@ -120,11 +109,11 @@ def read_along(runner: TierRunner, ids: Sequence[int]) -> Iterator[Logits]:
         yield runner.forward(cache, [token])[-1].copy()
 
 
-def summarise(tier: str, pairs: Sequence[tuple[Logits, Logits]]) -> EngineCheck:
+def summarise(pairs: Sequence[tuple[Logits, Logits]]) -> EngineCheck:
     """Compare pairs of logits [vocab]; a value that is no number makes the cosine -1."""
     cosines = [cosine(found, wanted) for found, wanted in pairs]
     same = [int(found.argmax()) == int(wanted.argmax()) for found, wanted in pairs]
-    return EngineCheck(tier, len(pairs), min(cosines), sum(same) / len(same))
+    return EngineCheck(len(pairs), min(cosines), sum(same) / len(same))
 
 
 def cosine(a: Logits, b: Logits) -> float:

@@ -1,7 +1,7 @@
 """Engines of a bundle: TensorRT plans with a record of what each was built from, by what, and for what.
 
     BUNDLE/engines/KEY/     KEY is a device and its architecture, `rtx-4090-sm89`, or `proxy-sm86`
-        engines.json        schema 1: the device, and one record per plan
+        engines.json        schema 1: one record per plan, with what `eopc engine --check` found of it
         t0.plan             both phases, as profiles 0 (prefill) and 1 (decode); or t0.prefill.plan and t0.decode.plan
         timing.cache        what TensorRT measured while building, shared by tiers
 
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from eopc_runtime.bundle import WEIGHTS_NAME, Bundle, FileEntry, TierInfo, check_file, inside
@@ -30,6 +30,8 @@ ENGINES_FOLDER = "engines"
 ENGINES_NAME = "engines.json"
 TIMING_CACHE_NAME = "timing.cache"
 PHASES = ("both", "prefill", "decode")
+MIN_COSINE = 0.99
+MIN_TOP1 = 0.99
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,31 @@ class Fingerprint:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineCheck:
+    """How near the logits of a tier's engines are to those of its graph (see engine_check)."""
+
+    tokens: int  # positions compared
+    cosine_min: float
+    top1_agreement: float  # share of positions with the same most likely token
+
+    @property
+    def ok(self) -> bool:
+        """Whether the engines compute what the graph says, but for rounding."""
+        return self.cosine_min >= MIN_COSINE and self.top1_agreement >= MIN_TOP1
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> EngineCheck:
+        """Read a check strictly."""
+        check = cls(
+            tokens=fields.integer("tokens", minimum=1),
+            cosine_min=fields.number("cosine_min", minimum=-1),
+            top1_agreement=fields.number("top1_agreement", minimum=0),
+        )
+        fields.done()
+        return check
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRecord:
     """One plan of a tier, or with `proxy` one build whose plan was not kept."""
 
@@ -77,6 +104,7 @@ class EngineRecord:
     max_prompt_tokens: int  # most tokens of one prefill step
     proxy: bool
     fingerprint: Fingerprint
+    check: EngineCheck | None = None  # of all plans of its tier; None: not compared since it was built
 
     @property
     def target(self) -> str:
@@ -100,6 +128,7 @@ class EngineRecord:
             max_prompt_tokens=fields.integer("max_prompt_tokens", minimum=1),
             proxy=fields.boolean("proxy", default=False),
             fingerprint=Fingerprint.from_fields(fields.child("fingerprint")),
+            check=None if fields.raw("check") is None else EngineCheck.from_fields(fields.child("check")),
         )
         fields.done()
         if record.proxy == (record.file is not None) or (record.file is None) != (record.sha256 is None):
@@ -165,6 +194,13 @@ def write_engines(bundle_root: Path, key: str, records: Iterable[EngineRecord]) 
     path = folder / ENGINES_NAME
     write_whole(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
     return path
+
+
+def write_checks(bundle_root: Path, key: str, checks: Mapping[str, EngineCheck]) -> tuple[EngineRecord, ...]:
+    """Write what was found of some tiers into the records of a set; returns all of them as they are now."""
+    records = tuple(replace(r, check=checks.get(r.tier, r.check)) for r in read_engines(bundle_root, key))
+    write_engines(bundle_root, key, records)
+    return records
 
 
 def check_engine(record: EngineRecord, machine: Machine, graph: str, bundle: str | Path = "BUNDLE") -> None:

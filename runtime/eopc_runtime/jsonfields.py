@@ -26,13 +26,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def parse_json(text: str, where: str, error: type[EopcError]) -> object:
-    """Parse JSON text; NaN, Infinity and malformed text raise `error` with the place in the file."""
+    """Parse JSON text; NaN, Infinity, a key that stands twice and malformed text raise `error`, opened by `where`."""
 
     def no_constant(name: str) -> NoReturn:
         raise error(f"{where} contains {name}, which is not JSON. Write a finite number or null.")
 
+    def no_double(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) < len(pairs):  # Python would keep the last without a word
+            keys = [key for key, _ in pairs]
+            double = next(key for key in keys if keys.count(key) > 1)
+            raise error(f'{where} has the key "{double}" twice in one object. Remove one of them.')
+        return found
+
     try:
-        value: object = json.loads(text, parse_constant=no_constant)
+        value: object = json.loads(text, parse_constant=no_constant, object_pairs_hook=no_double)
     except (json.JSONDecodeError, RecursionError) as e:
         raise error(f"{where} is not valid JSON ({e}). Copy or build it again.") from None
     return value

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from eopc_runtime.bundle import Bundle, file_entry
 from eopc_runtime.calibration.calibrate import Rig
@@ -57,12 +58,23 @@ class Device:
 
 @dataclass
 class FakeCache:
-    """How many tokens it holds, and how many of them are the prompt."""
+    """The tokens it holds, and how many of them came first: the prompt."""
 
     tier: str
+    tokens: list[int] = field(default_factory=list)
     prompt: int = 0
-    length: int = 0
     nbytes: int = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    def append(self, tokens: Sequence[int]) -> None:
+        self.prompt = self.prompt or len(tokens)
+        self.tokens += tokens
+
+    def handed_to(self, tier: str) -> FakeCache:
+        return FakeCache(tier, list(self.tokens), self.prompt)
 
 
 @dataclass
@@ -79,18 +91,17 @@ class FakeTier:
     def forward(self, cache: FakeCache, tokens: Sequence[int], *, logits: str = "last") -> Any:
         assert cache.tier == self.tier, "a cache must be adopted before another tier uses it"
         if cache.length == 0:
-            cache.prompt = len(tokens)
             self.device.work(self.energy.prefill_j(len(tokens)))
         else:
             self.device.work(self.energy.step_j(cache.prompt, cache.length - cache.prompt + 1))
-        cache.length += len(tokens)
+        cache.append(tokens)
         return np.zeros((1, VOCAB), dtype=np.float32)
 
     def prefill(self, cache: FakeCache, tokens: Sequence[int]) -> Any:
         return self.forward(cache, tokens)
 
     def adopt(self, cache: FakeCache) -> FakeCache:
-        return FakeCache(self.tier, cache.prompt, cache.length)
+        return cache.handed_to(self.tier)
 
 
 @dataclass
@@ -223,7 +234,7 @@ def write_bundle(path: Path) -> None:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(name)
     tiers = tuple(TierEnergy(f"t{i}", 0.1, 0.01, 0.0, 0.5 - i / 10, 0.001, 0.001, "prior") for i in range(3))
-    write_tokenizer(path / "tokenizer/tokenizer.json")
+    byte_backend().save(str(path / "tokenizer/tokenizer.json"))
     (path / "energy.json").write_text(json.dumps(EnergyTable("orin", "prior", 0.0, tiers).to_json()))
     manifest = {
         "schema": 1,
@@ -250,16 +261,14 @@ def write_bundle(path: Path) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-def write_tokenizer(path: Path) -> None:
-    """Write a tokenizer of one token per byte."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
+def byte_backend() -> Tokenizer:
+    """A tokenizer of one token per byte; 256 = <s>, 257 = </s>."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
-    backend.save(str(path))
+    return backend
 
 
 def vars_of(entry: Any) -> dict[str, Any]:

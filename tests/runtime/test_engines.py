@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from eopc_runtime.engines import (
+    EngineCheck,
     EngineRecord,
     Fingerprint,
     Machine,
@@ -19,6 +20,7 @@ from eopc_runtime.engines import (
     plan_name,
     proxy_key,
     read_engines,
+    write_checks,
     write_engines,
 )
 from eopc_runtime.errors import BundleError, DeviceError, EngineMismatchError
@@ -44,6 +46,16 @@ def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "engines" / KEY).iterdir()] == ["engines.json"]
 
 
+def test_what_a_check_found_is_kept_with_the_record(tmp_path: Path) -> None:
+    """Of all plans of a tier; those of other tiers stay as they are."""
+    apart = [replace(RECORD, tier="t1", phase=phase) for phase in ("prefill", "decode")]
+    write_engines(tmp_path, KEY, [RECORD, *apart])
+    found, worse = EngineCheck(132, 0.9991, 1.0), EngineCheck(132, -1.0, 0.0)
+    write_checks(tmp_path, KEY, {"t0": worse})
+    assert write_checks(tmp_path, KEY, {"t1": found}) == read_engines(tmp_path, KEY)
+    assert [r.check for r in read_engines(tmp_path, KEY)] == [worse, found, found]
+
+
 def test_a_missing_set_names_those_there_are(tmp_path: Path) -> None:
     """Reading what was never built says what was, and the command that builds."""
     write_engines(tmp_path, KEY, [RECORD])
@@ -65,6 +77,7 @@ def test_a_key_may_not_leave_the_bundle(tmp_path: Path) -> None:
         ({"proxy": True}, "a proxy has neither"),
         ({"layer": 3}, 'unknown key "layer"'),
         ({"bytes": 0}, "at least 1"),
+        ({"check": {"tokens": 4, "cosine_min": 1.0}}, '"top1_agreement" is missing'),
     ],
 )
 def test_a_record_that_is_not_sound_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:

@@ -153,6 +153,13 @@ def test_a_malformed_profile_is_refused_with_the_reason(changes, says):
     assert says in str(caught.value)
 
 
+def test_a_key_that_stands_twice_is_refused():
+    """The second would win without a word, at any depth; the same key in two objects is fine."""
+    text = changed().replace('"idle_w": {', '"idle_w": {}, "idle_w": {')
+    with pytest.raises(DeviceError, match=r'cpu\.json has the key "idle_w" twice in one object'):
+        parse_profile(text, "cpu", {})
+
+
 @pytest.mark.parametrize(
     ("constant", "says"),
     [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
 
 from eopc_runtime.bundle import Bundle, LayerInfo, Manifest, ModelInfo, TierInfo, Workload
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
@@ -25,6 +22,8 @@ from eopc_runtime.sampling import SamplingParams
 from eopc_runtime.session import Session
 from eopc_runtime.tokenizer import Tokenizer
 
+from .conftest import FakeCache, byte_backend
+
 CONTEXT = 64
 EOS = 257
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
@@ -32,41 +31,22 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
 STEP_J = (4.0, 2.0, 1.0)
 
 
-@dataclass
-class FakeCache:
-    """Remembers the tokens it holds, so that a test can see what was computed where."""
-
-    tier: str
-    tokens: list[int] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def nbytes(self) -> int:
-        return 8 * len(self.tokens)
-
-
 class FakeTier:
     """Says its script byte by byte, then repeats it; `noise` flattens the logits for sampling."""
 
-    def __init__(self, tier: str, script: Sequence[int], prompt_length: list[int], flat: bool) -> None:
-        self.tier, self._script, self._prompt_length, self._flat = tier, script, prompt_length, flat
+    def __init__(self, tier: str, script: Sequence[int], flat: bool) -> None:
+        self.tier, self._script, self._flat = tier, script, flat
 
     def new_cache(self) -> FakeCache:
         return FakeCache(self.tier)
 
     def forward(self, cache: FakeCache, tokens: Sequence[int], *, logits: Wanted = "last") -> Logits:
         assert cache.tier == self.tier, "a cache must be adopted before another tier uses it"
-        if not cache.tokens:
-            self._prompt_length[0] = len(tokens)
-        cache.tokens += tokens
+        cache.append(tokens)
         assert cache.length <= CONTEXT
         out: npt.NDArray[np.float32] = np.zeros((1, 258), dtype=np.float32)
         if not self._flat:
-            said = cache.length - self._prompt_length[0]
-            out[0, self._script[said % len(self._script)]] = 5.0
+            out[0, self._script[(cache.length - cache.prompt) % len(self._script)]] = 5.0
         return out
 
     def prefill(self, cache: FakeCache, tokens: Sequence[int]) -> Logits:
@@ -75,18 +55,18 @@ class FakeTier:
     def adopt(self, cache: FakeCache) -> FakeCache:
         if int(cache.tier[1:]) > int(self.tier[1:]):
             raise ValueError("a cache can only be handed down the ladder")
-        return FakeCache(self.tier, list(cache.tokens))
+        return cache.handed_to(self.tier)
 
 
 class FakePool:
     """Makes fake tiers, and counts how many were asked for."""
 
     def __init__(self, script: Sequence[int], flat: bool = False) -> None:
-        self._script, self._flat, self._prompt_length = script, flat, [0]
+        self._script, self._flat = script, flat
         self.closed = False
 
     def get(self, tier: str) -> FakeTier:
-        return FakeTier(tier, self._script, self._prompt_length, self._flat)
+        return FakeTier(tier, self._script, self._flat)
 
     def close(self) -> None:
         self.closed = True
@@ -94,12 +74,7 @@ class FakePool:
 
 def byte_tokenizer(chat_template: str | None = None) -> Tokenizer:
     """One token per byte, 256 = <s>, 257 = </s>."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
-    return Tokenizer(backend, chat_template=chat_template)
+    return Tokenizer(byte_backend(), chat_template=chat_template)
 
 
 def table(margin: float = 0.0) -> EnergyTable:

@@ -76,6 +76,7 @@ def build_engines(args: EngineArgs, say: Say, tick: Say, run: Callable[..., JobR
         BundleError: the bundle is damaged, or has no such tier.
         DeviceError: the device's engines cannot be built here, or not in this memory.
         MissingExtraError: the compiler is not installed.
+        RefusedGraphError: a graph breaks a rule of the TensorRT found here; nothing was compiled.
         EngineBuildError: TensorRT refuses a graph.
     """
     bundle = Bundle.open(args.bundle)
@@ -83,6 +84,7 @@ def build_engines(args: EngineArgs, say: Say, tick: Say, run: Callable[..., JobR
     target = resolve_target(args.device or bundle.manifest.device, args.proxy)
     check_dialect(target, bundle.manifest.dialect)
     settings = choose_settings(bundle.manifest, args)
+    check_graphs(bundle, infos, target, settings.cache_len)
     say(f"building {', '.join(i.tier for i in infos)} with {target.title}")
     for line in check_memory(bundle.manifest, infos, args.check_memory):
         say(line)
@@ -109,6 +111,28 @@ def choose_settings(manifest: Manifest, args: EngineArgs) -> BuildSettings:
     return BuildSettings(cache_len, longest, min(usual, longest), args.workspace_bytes)
 
 
+def check_graphs(bundle: Bundle, infos: Iterable[TierInfo], target: BuildTarget, cache_len: int) -> None:
+    """Hold every graph against what this TensorRT takes, and a proxy's against that of its device too.
+
+    Raises:
+        RefusedGraphError: an operator breaks a rule; the message names it, the rule and the remedy.
+    """
+    from eopc_compiler.board.rules import list_of, lists_for, require_allowed
+    from eopc_compiler.board.tensorrt_graph import outline_for_tensorrt
+
+    lists = [list_of(target.compiler, target.release)]
+    if target.proxy:
+        lists += lists_for(target.device, bundle.manifest.dialect)
+    for info in infos:
+        for phase, graph in phase_graphs(bundle, info).items():
+            require_allowed(outline_for_tensorrt(bundle.path(graph), cache_len), lists, label(info, phase))
+
+
+def label(info: TierInfo, phase: str) -> str:
+    """What to call the engine of a tier's phase: t0, or t0 prefill."""
+    return info.tier if phase == "both" else f"{info.tier} {phase}"
+
+
 def _build_all(
     bundle: Bundle,
     infos: Sequence[TierInfo],
@@ -125,17 +149,17 @@ def _build_all(
         for phase, graph in phase_graphs(info).items():
             wanted = fingerprint(bundle, info, target, settings, phase)
             old = next((r for r in records if (r.tier, r.phase) == (info.tier, phase)), None)
-            label = info.tier if phase == "both" else f"{info.tier} {phase}"
+            name = label(info, phase)
             if old and not rebuild and old.fingerprint == wanted and _is_whole(bundle, target.key, old):
-                say(f"{label}: there already, {old.seconds:.0f} s saved; --rebuild builds it again")
+                say(f"{name}: there already, {old.seconds:.0f} s saved; --rebuild builds it again")
                 reused.append((info.tier, phase))
                 continue
             records = tuple(r for r in records if r is not old)
             _publish(bundle, target.key, records)  # a plan without a record is nothing; the reverse is damage
-            record, line = build_engine(bundle, info, target, settings, phase, graph, labelled(tick, label), run)
+            record, line = build_engine(bundle, info, target, settings, phase, graph, labelled(tick, name), run)
             records = tuple(sorted((*records, record), key=lambda r: (int(r.tier[1:]), r.phase)))
             _publish(bundle, target.key, records)
-            say(f"{label}: {line}")
+            say(f"{name}: {line}")
     _remove_strays(set_folder(bundle.root, target.key), records)
     return EngineSet(target, settings, records, tuple(reused))
 
@@ -225,9 +249,9 @@ def summary(record: EngineRecord, info: TierInfo) -> str:
     )
 
 
-def labelled(tick: Say, label: str) -> Say:
+def labelled(tick: Say, name: str) -> Say:
     """Progress that says whose it is."""
-    return lambda text: tick(f"{label}: {text}")
+    return lambda text: tick(f"{name}: {text}")
 
 
 def _job(

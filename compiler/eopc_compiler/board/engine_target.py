@@ -38,6 +38,11 @@ class BuildTarget:
         return proxy_key(self.compute_capability) if self.proxy else engine_key(self.device, self.compute_capability)
 
     @property
+    def release(self) -> tuple[int, ...]:
+        """The first two numbers of the compiler's version, (10, 3)."""
+        return tuple(int(n) for n in re.findall(r"\d+", self.version)[:2])
+
+    @property
     def title(self) -> str:
         """For people: what builds, and for what."""
         how = f"a proxy for {self.device}" if self.proxy else self.gpu or f"{self.device}, ahead of time"
@@ -86,8 +91,7 @@ def device_engine(device: str) -> tuple[str, EngineTarget]:
 
 def check_dialect(target: BuildTarget, dialect: str) -> None:
     """Raise DeviceError for graphs whose operators this TensorRT does not have, before minutes are spent on it."""
-    numbers = tuple(int(n) for n in re.findall(r"\d+", target.version)[:2])
-    if target.compiler == "tensorrt" and dialect == "native" and numbers < NATIVE_SINCE:
+    if target.compiler == "tensorrt" and dialect == "native" and target.release < NATIVE_SINCE:
         raise DeviceError(
             f"TensorRT {target.version} has no operators for native graphs, which need 10.15 (JetPack 7.2). On the "
             f"build machine run: eopc build --device {target.device} --dialect primitive"

@@ -99,6 +99,21 @@ def lists_for(device: str, dialect: str) -> tuple[AllowList, ...]:
     )
 
 
+def list_of(compiler: str, release: tuple[int, ...]) -> AllowList:
+    """The list that graphs given to a compiler of this release are held to: the newest one that is not newer.
+
+    Args:
+        compiler: a key of `profiles.ENGINE_COMPILERS`.
+        release: the first two numbers of its version; for one older than all lists the oldest list serves.
+    """
+    own: dict[tuple[int, ...], AllowList] = {}
+    for entry in all_lists():
+        name, _, version = entry.name.rpartition("-")
+        if name == compiler.replace("_", "-"):
+            own[tuple(map(int, version.split(".")))] = entry
+    return own[max((known for known in own if known <= release), default=min(own))]
+
+
 def check_graph(model: Any, rules: AllowList) -> tuple[Violation, ...]:
     """Judge a graph as TensorRT will get it; weights are not read and may be absent.
 

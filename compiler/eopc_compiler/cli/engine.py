@@ -6,8 +6,8 @@ It runs on the board, where there is no torch.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from eopc_runtime.cli.output import Progress, format_bytes, print_json, print_ta
 
 if TYPE_CHECKING:
     from eopc_compiler.board.engine_set import EngineSet
-    from eopc_runtime.engine_check import EngineCheck
+    from eopc_runtime.engines import EngineRecord
 
 
 @click.command(name="engine")
@@ -66,7 +66,7 @@ def engine(
     """
     from eopc_compiler.board.engine_set import EngineArgs, build_engines
     from eopc_runtime.bundle import Bundle
-    from eopc_runtime.engine_check import check_engines
+    from eopc_runtime.engine_check import check_engines, require_passed
     from eopc_runtime.errors import UsageError
 
     if check and proxy:
@@ -86,16 +86,20 @@ def engine(
     result = build_engines(
         args, lambda text: progress.done(f"[{time.monotonic() - started:5.1f} s] {text}"), progress.update
     )
-    opened = Bundle.open(bundle, verify=False)
-    checks = check_engines(opened, tiers, progress.update) if check else []
-    if as_json:
-        print_json({**describe(result), **({"checks": [asdict(c) for c in checks]} if check else {})})
-    else:
+    if not as_json:
         progress.done("")
         print_engines(result)
-        print_checks(checks)
-    for found in checks:
-        found.require(opened)
+    if check:
+        opened = Bundle.open(bundle, verify=False)
+        result = replace(result, records=check_engines(opened, result.target.key, tiers, progress.update))
+    if as_json:
+        print_json(describe(result))
+    elif check:
+        progress.done("")
+        print_checks(result.records)
+    if check:
+        require_passed(result.records, bundle)
+        progress.done(f"what they cost on this device: eopc calibrate {bundle}")
 
 
 def describe(result: EngineSet) -> dict[str, Any]:
@@ -115,13 +119,14 @@ def describe(result: EngineSet) -> dict[str, Any]:
     }
 
 
-def print_checks(checks: Sequence[EngineCheck]) -> None:
-    """A line per engine: how near it is to its graph."""
-    for check in checks:
-        click.echo(
-            f"{check.tier}: cosine of the logits at least {check.cosine_min:.4f}, most likely token the same in "
-            f"{check.top1_agreement:.1%} of {check.tokens} positions"
-        )
+def print_checks(records: Iterable[EngineRecord]) -> None:
+    """A line per tier that was compared: how near it is to its graph."""
+    for tier, check in {record.tier: record.check for record in records}.items():
+        if check is not None:
+            click.echo(
+                f"{tier}: cosine of the logits at least {check.cosine_min:.4f}, most likely token the same in "
+                f"{check.top1_agreement:.1%} of {check.tokens} positions"
+            )
 
 
 def print_engines(result: EngineSet) -> None:

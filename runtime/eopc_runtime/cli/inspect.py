@@ -120,7 +120,7 @@ def _print_engines(engines: Mapping[str, tuple[EngineRecord, ...]]) -> None:
         what = f", {ENGINE_COMPILERS[built.compiler]} {built.version} for {records[0].target}" if built else ""
         click.echo(f"\nengines {key}{what}")
         print_table(
-            ("engine", "layers", "attention", "cache", "prompt", "size"),
+            ("engine", "layers", "attention", "cache", "prompt", "size", "check"),
             [
                 (
                     r.file or f"{r.tier} {r.phase} (proxy, not kept)",
@@ -129,10 +129,20 @@ def _print_engines(engines: Mapping[str, tuple[EngineRecord, ...]]) -> None:
                     str(r.cache_len),
                     str(r.max_prompt_tokens),
                     format_bytes(r.bytes),
+                    _check(r),
                 )
                 for r in records
             ],
         )
+
+
+def _check(record: EngineRecord) -> str:
+    """Return what `eopc engine --check` found of an engine, if it was asked."""
+    check = record.check
+    if check is None:
+        return "-"
+    found = f"cosine {check.cosine_min:.4f}, top-1 {check.top1_agreement:.1%}"
+    return found if check.ok else f"failed: {found}"
 
 
 def _calibrated(energy: EnergyTable) -> str:

@@ -72,8 +72,11 @@ def has_plans(bundle_root: Path) -> bool:
     return any((bundle_root / ENGINES_FOLDER).glob("*/*.plan"))
 
 
-def open_tensorrt(bundle: Bundle) -> Chosen:
+def open_tensorrt(bundle: Bundle, key: str | None = None) -> Chosen:
     """Open the first set of engines that fits this machine; nothing of NVIDIA's is imported before a GPU answered.
+
+    Args:
+        key: this set and no other.
 
     Raises:
         BundleError, EngineMismatchError, DeviceError, MissingExtraError: see `open_pool`.
@@ -84,7 +87,7 @@ def open_tensorrt(bundle: Bundle) -> Chosen:
     if not has_plans(bundle.root):
         raise BundleError(f"{bundle.root} has no engines. Build them: eopc engine {bundle.root}")
     gpu, driver = require_gpu("TensorRT")
-    key, records = find_set(bundle, gpu, driver)
+    key, records = find_set(bundle, gpu, driver, key)
 
     from eopc_runtime.runners.tensorrt.api import Loader, import_compiler
     from eopc_runtime.runners.tensorrt.cuda import CudaDevice
@@ -94,11 +97,16 @@ def open_tensorrt(bundle: Bundle) -> Chosen:
     device = CudaDevice()
     loader = Loader(import_compiler(built.compiler))
     pool = TensorRtPool(bundle, key, records, loader, device, int(RESIDENT_SHARE * gpu.memory_bytes))
-    return Chosen("tensorrt", pool, f"{ENGINE_COMPILERS[built.compiler]} {built.version}, {gpu.name}")
+    failed = tuple(
+        f"{record.file} does not compute what its graph says: eopc engine {bundle.root} --check"
+        for record in records
+        if record.check and not record.check.ok
+    )
+    return Chosen("tensorrt", pool, f"{ENGINE_COMPILERS[built.compiler]} {built.version}, {gpu.name}", failed)
 
 
-def find_set(bundle: Bundle, gpu: Gpu, driver: str) -> tuple[str, tuple[EngineRecord, ...]]:
-    """The key and records of a set of engines that may be loaded on this GPU.
+def find_set(bundle: Bundle, gpu: Gpu, driver: str, wanted: str | None = None) -> tuple[str, tuple[EngineRecord, ...]]:
+    """The key and records of a set of engines that may be loaded on this GPU: the one wanted, or the first.
 
     Raises:
         EopcError: none may; the error is that of the set that came nearest, a mismatch before a missing package.
@@ -107,7 +115,7 @@ def find_set(bundle: Bundle, gpu: Gpu, driver: str) -> tuple[str, tuple[EngineRe
     from eopc_runtime.errors import EngineMismatchError
 
     errors: list[EopcError] = []
-    for key in list_engine_sets(bundle.root):
+    for key in list_engine_sets(bundle.root) if wanted is None else (wanted,):
         try:
             records = read_engines(bundle.root, key)
             if not all(record.proxy for record in records):

@@ -11,14 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
+from onnx import helper
 
 from eopc_compiler.board import engine_job
 from eopc_compiler.board.compilers import Compiler
 from eopc_compiler.board.engine_job import EngineJob, JobResult, run_job
 from eopc_compiler.board.engine_memory import build_bytes, check_memory
-from eopc_compiler.board.engine_set import EngineArgs, build_engines
+from eopc_compiler.board.engine_set import EngineArgs, build_engines, check_graphs
 from eopc_compiler.board.engine_target import BuildTarget, check_dialect, device_engine
+from eopc_compiler.board.rules import RefusedGraphError
 from eopc_compiler.board.tensorrt_build import BuilderCrashError, BuildSettings, EngineBuildError
 from eopc_runtime.bundle import Bundle
 from eopc_runtime.engines import list_engine_sets, read_engines
@@ -98,14 +101,73 @@ def test_a_set_never_mixes_cache_lengths(bundle: Path) -> None:
 def test_other_weights_are_other_engines(bundle: Path) -> None:
     """After the bundle was built again, nothing is reused."""
     build(bundle, Builds())
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    weights = bundle / "weights.bin"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    for entry in manifest["files"]:
-        if entry["path"] == "weights.bin":
-            entry["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    replace_file(bundle, "weights.bin", (bundle / "weights.bin").read_bytes()[:-1] + b"!")
     assert build(bundle, Builds()).reused == ()
+
+
+def replace_file(bundle: Path, name: str, content: bytes) -> None:
+    """Give a file of a bundle other content, and list that in the manifest."""
+    (bundle / name).write_bytes(content)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (entry,) = [entry for entry in manifest["files"] if entry["path"] == name]
+    entry |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def break_graph(bundle: Path, name: str) -> None:
+    """Let a graph of a bundle end in an operator that no TensorRT has."""
+    model = onnx.load(str(bundle / name), load_external_data=False)
+    logits = model.graph.output[0].name
+    last = next(node for node in model.graph.node if logits in node.output)
+    last.output[:] = ["before"]
+    model.graph.node.append(helper.make_node("QuickGelu", ["before"], [logits], "tail", domain="com.microsoft"))
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    replace_file(bundle, name, model.SerializeToString())
+
+
+def test_a_graph_that_breaks_a_rule_is_refused_before_anything_is_compiled(bundle: Path) -> None:
+    """Node, rule and remedy; also when it is the last tier's, and engines that were there stay."""
+    build(bundle, Builds(), tiers=("t0",))
+    break_graph(bundle, "tiers/t2/model.onnx")
+    builds = Builds()
+    with pytest.raises(RefusedGraphError) as refusal:
+        build(bundle, builds)
+    assert builds.jobs == []
+    for words in ("graph of t2 breaks", "tail (QuickGelu)", "TensorRT 10.15", "rule domain", "standard ONNX"):
+        assert words in str(refusal.value)
+    assert [r.tier for r in read_engines(bundle, "orin-sm87")] == ["t0"]
+    assert build(bundle, builds, tiers=("t1",)).reused == ()
+
+
+def test_the_graphs_of_both_phases_are_held_against_the_rules(make_bundle: Any, bundle: Path, tmp_path: Path) -> None:
+    """Where a tier has a graph per phase, the message says which."""
+    apart = make_bundle(tmp_path / "apart.eopc", "native", "orin", apart=True)
+    break_graph(apart, "tiers/t1/decode.onnx")
+    with pytest.raises(RefusedGraphError, match="graph of t1 decode breaks"):
+        build(apart, Builds())
+
+
+def test_a_proxy_keeps_to_the_rules_of_its_device(make_bundle: Any, tmp_path: Path) -> None:
+    """Native graphs pass TensorRT-RTX; as a proxy for JetPack 6 they would say nothing."""
+    bundle = Bundle.open(make_bundle(tmp_path / "b.eopc", "native", "orin"))
+    rtx = BuildTarget("orin", "tensorrt_rtx", "1.7.1.116", 86, proxy=True)
+    check_graphs(bundle, bundle.manifest.tiers, rtx, 256)
+    pretended = Bundle(bundle.root, replace(bundle.manifest, dialect="primitive"), bundle.energy)
+    with pytest.raises(RefusedGraphError, match=r"TensorRT 10\.3"):
+        check_graphs(pretended, bundle.manifest.tiers, rtx, 256)
+
+
+def test_graphs_are_held_against_the_rules_without_torch(bundle: Path) -> None:
+    """On a board there is none, and no library of checkpoints either."""
+    code = (
+        "import sys; [sys.modules.__setitem__(n, None) for n in ('torch', 'transformers', 'safetensors', 'onnx_ir')];"
+        "from eopc_compiler.board.engine_set import BuildTarget, Bundle, check_graphs; b = Bundle.open(sys.argv[1]);"
+        "check_graphs(b, b.manifest.tiers, BuildTarget('orin', 'tensorrt', sys.argv[2], 87), 256)"
+    )
+    done = [subprocess.run([sys.executable, "-c", code, bundle, version], check=False, capture_output=True, text=True)
+            for version in ("10.16.1", "10.3.0")]  # fmt: skip
+    assert done[0].returncode == 0, done[0].stderr
+    assert done[1].returncode == 1 and "RefusedGraphError" in done[1].stderr and "rule opset" in done[1].stderr
 
 
 def test_native_graphs_are_refused_by_an_old_tensorrt() -> None:

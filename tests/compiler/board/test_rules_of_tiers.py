@@ -13,7 +13,7 @@ import pytest
 from onnx import helper
 
 from eopc_compiler import pipeline
-from eopc_compiler.board.rules import RefusedGraphError, all_lists, check_graph, lists_for
+from eopc_compiler.board.rules import RefusedGraphError, all_lists, check_graph, list_of, lists_for
 from eopc_compiler.board.tensorrt_graph import outline_for_tensorrt, prepare_for_tensorrt
 from eopc_compiler.dialects import DIALECTS
 from eopc_runtime.errors import BundleError
@@ -100,6 +100,33 @@ def test_an_outline_needs_a_tier(tmp_path: Path) -> None:
 def test_device_and_dialect_choose_the_lists(device: str, dialect: str, expected: list[str]) -> None:
     """JetPack 6 has 10.3, JetPack 7 has 10.16 or 11.4 and one graph serves both."""
     assert [rules.name for rules in lists_for(device, dialect)] == expected
+
+
+@pytest.mark.parametrize(
+    ("compiler", "release", "expected"),
+    [
+        ("tensorrt", (10, 3), "tensorrt-10.3"),
+        ("tensorrt", (10, 14), "tensorrt-10.3"),
+        ("tensorrt", (10, 16), "tensorrt-10.15"),
+        ("tensorrt", (11, 0), "tensorrt-10.15"),
+        ("tensorrt", (12, 1), "tensorrt-11.4"),
+        ("tensorrt", (8, 6), "tensorrt-10.3"),
+        ("tensorrt_rtx", (1, 7), "tensorrt-rtx-1.7"),
+        ("tensorrt_rtx", (1, 6), "tensorrt-rtx-1.7"),
+    ],
+)
+def test_a_compiler_found_somewhere_is_held_to_the_newest_list_it_is_not_older_than(
+    compiler: str, release: tuple[int, int], expected: str
+) -> None:
+    """Between two lists nothing is known of what was added; before the first one its rules are the best guess."""
+    assert list_of(compiler, release).name == expected
+
+
+def test_primitive_graphs_pass_later_versions_too(make_tier: Any) -> None:
+    """A bundle for JetPack 6 may be compiled on JetPack 7 as well."""
+    for precision in ("fp16", "int8"):
+        model = outline_for_tensorrt(tier(make_tier, precision, "primitive", "t1"), CACHE_LEN)
+        assert [check_graph(model, list_of("tensorrt", release)) for release in ((10, 16), (11, 4))] == [(), ()]
 
 
 def test_every_gpu_profile_has_a_list() -> None:

@@ -7,40 +7,24 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
 
 from eopc_runtime.bundle import Bundle, FileEntry, LayerInfo, Manifest, ModelInfo, TierInfo, Workload, sha256_file
 from eopc_runtime.cli import cli
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
 from eopc_runtime.runners.base import Logits, Wanted
 
+from ..conftest import FakeCache, byte_backend
+
 ROOT = Path(__file__).resolve().parents[3]
 VOCAB = 258
 CONTEXT = 64
 CERTAIN = 5.0  # logit of the byte a fake tier expects; all others are 0
-
-
-@dataclass
-class FakeCache:
-    """The tokens of a sequence."""
-
-    tier: str
-    tokens: list[int] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def nbytes(self) -> int:
-        return 0
 
 
 @dataclass
@@ -56,7 +40,7 @@ class FakeTier:
 
     def forward(self, cache: FakeCache, tokens: Sequence[int], *, logits: Wanted = "last") -> Logits:
         assert cache.tier == self.tier
-        cache.tokens += tokens
+        cache.append(tokens)
         out = np.zeros((len(tokens), VOCAB), dtype=np.float32)
         out[np.arange(len(tokens)), (np.asarray(tokens) + 1) % VOCAB] = CERTAIN
         return out if logits == "all" else out[-1:]
@@ -65,7 +49,7 @@ class FakeTier:
         return self.forward(cache, tokens)
 
     def adopt(self, cache: FakeCache) -> FakeCache:
-        return FakeCache(self.tier, list(cache.tokens))
+        return cache.handed_to(self.tier)
 
 
 class FakePool:
@@ -122,12 +106,7 @@ def write_bundle(root: Path) -> Path:
     """Write a bundle whose files are all there; the graphs are not ONNX."""
     for name in ("tokenizer", "tiers/t0", "tiers/t1"):
         (root / name).mkdir(parents=True)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
-    backend.save(str(root / "tokenizer/tokenizer.json"))
+    byte_backend().save(str(root / "tokenizer/tokenizer.json"))
     (root / "tokenizer/chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}"
     )
