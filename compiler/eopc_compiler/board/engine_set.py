@@ -124,7 +124,7 @@ def check_graphs(bundle: Bundle, infos: Iterable[TierInfo], target: BuildTarget,
     if target.proxy:
         lists += lists_for(target.device, bundle.manifest.dialect)
     for info in infos:
-        for phase, graph in phase_graphs(bundle, info).items():
+        for phase, graph in phase_graphs(info).items():
             require_allowed(outline_for_tensorrt(bundle.path(graph), cache_len), lists, label(info, phase))
 
 
