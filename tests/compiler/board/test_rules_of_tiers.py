@@ -149,10 +149,16 @@ def test_a_build_stops_at_a_graph_that_the_device_refuses(make_tier: Any, tmp_pa
     broken = tmp_path / "model.onnx"
     onnx.save(model, str(broken))
 
-    def check(device: str, *graphs: Path) -> None:
+    def check(device: str, *graphs: Path, **prompts: Path) -> None:
         args, profile = SimpleNamespace(context=CACHE_LEN), SimpleNamespace(name=device)
         pipeline.check_operators(
-            SimpleNamespace(args=args, profile=profile, dialect=DIALECTS["primitive"], graphs=graphs)  # type: ignore[arg-type]
+            SimpleNamespace(  # type: ignore[arg-type]
+                args=args,
+                profile=profile,
+                dialect=DIALECTS["primitive"],
+                graphs=graphs,
+                prompt_graphs=dict(enumerate(prompts.values())),
+            )
         )
 
     check("orin", sound, sound)
@@ -161,6 +167,8 @@ def test_a_build_stops_at_a_graph_that_the_device_refuses(make_tier: Any, tmp_pa
         RefusedGraphError, match=r"graph of t1 breaks.*\n.*tail \(QuickGelu\).*rule domain.*standard ONNX"
     ):
         check("orin", sound, broken)
+    with pytest.raises(RefusedGraphError, match="graph of t0 breaks"):
+        check("orin", sound, prompt_of_t0=broken)
 
 
 def test_every_emitted_violation_is_listed_up_to_a_limit(make_tier: Any) -> None:
