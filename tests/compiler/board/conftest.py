@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
+from onnx import helper
 
 from eopc_compiler.assemble import Storage, write_weights
 from eopc_compiler.config import LayerDims
@@ -95,6 +97,17 @@ def make_bundle(make_tier: MakeTier) -> Callable[..., Path]:
         return root
 
     return make
+
+
+def with_a_foreign_operator(graph: Path) -> Any:
+    """A tier's graph, its logits given by an operator of ONNX Runtime's own at the end, called tail."""
+    model = onnx.load(str(graph), load_external_data=False)
+    logits = model.graph.output[0].name
+    last = next(node for node in model.graph.node if logits in node.output)
+    last.output[:] = ["before"]
+    model.graph.node.append(helper.make_node("QuickGelu", ["before"], [logits], "tail", domain="com.microsoft"))
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return model
 
 
 def write_bundle_manifest(root: Path, dialect: str, device: str, apart: bool = False) -> None:

@@ -11,9 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import onnx
 import pytest
-from onnx import helper
 
 from eopc_compiler.board import engine_job
 from eopc_compiler.board.compilers import Compiler
@@ -27,6 +25,8 @@ from eopc_runtime.bundle import Bundle
 from eopc_runtime.engines import list_engine_sets, read_engines
 from eopc_runtime.errors import DeviceError
 from eopc_runtime.profiles import list_profiles
+
+from .conftest import with_a_foreign_operator
 
 ORIN = BuildTarget("orin", "tensorrt", "10.16.1", 87, gpu="Orin", driver="13.0")
 
@@ -116,13 +116,7 @@ def replace_file(bundle: Path, name: str, content: bytes) -> None:
 
 def break_graph(bundle: Path, name: str) -> None:
     """Let a graph of a bundle end in an operator that no TensorRT has."""
-    model = onnx.load(str(bundle / name), load_external_data=False)
-    logits = model.graph.output[0].name
-    last = next(node for node in model.graph.node if logits in node.output)
-    last.output[:] = ["before"]
-    model.graph.node.append(helper.make_node("QuickGelu", ["before"], [logits], "tail", domain="com.microsoft"))
-    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    replace_file(bundle, name, model.SerializeToString())
+    replace_file(bundle, name, with_a_foreign_operator(bundle / name).SerializeToString())
 
 
 def test_a_graph_that_breaks_a_rule_is_refused_before_anything_is_compiled(bundle: Path) -> None:

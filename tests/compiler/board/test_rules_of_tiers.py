@@ -10,7 +10,6 @@ from typing import Any
 
 import onnx
 import pytest
-from onnx import helper
 
 from eopc_compiler import pipeline
 from eopc_compiler.board.rules import RefusedGraphError, all_lists, check_graph, list_of, lists_for
@@ -18,6 +17,8 @@ from eopc_compiler.board.tensorrt_graph import outline_for_tensorrt, prepare_for
 from eopc_compiler.dialects import DIALECTS
 from eopc_runtime.errors import BundleError
 from eopc_runtime.profiles import list_profiles
+
+from .conftest import with_a_foreign_operator
 
 CACHE_LEN = 48
 EMITTED = [  # no device has int4 in the primitive dialect, see the test below
@@ -140,14 +141,8 @@ def test_a_build_stops_at_a_graph_that_the_device_refuses(make_tier: Any, tmp_pa
     """The pass right after export: an operator of another dialect is named with rule and remedy; the cpu takes it."""
     assert pipeline.PASSES.index(pipeline.check_operators) == pipeline.PASSES.index(pipeline.export_graphs) + 1
     sound = tier(make_tier, "fp16", "primitive")
-    model = onnx.load(str(sound), load_external_data=False)
-    logits = model.graph.output[0].name
-    last = next(node for node in model.graph.node if logits in node.output)
-    last.output[:] = ["before_relu"]
-    model.graph.node.append(helper.make_node("QuickGelu", ["before_relu"], [logits], "tail", domain="com.microsoft"))
-    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     broken = tmp_path / "model.onnx"
-    onnx.save(model, str(broken))
+    onnx.save(with_a_foreign_operator(sound), str(broken))
 
     def check(device: str, *graphs: Path, **prompts: Path) -> None:
         args, profile = SimpleNamespace(context=CACHE_LEN), SimpleNamespace(name=device)
