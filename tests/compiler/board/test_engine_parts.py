@@ -136,8 +136,8 @@ def test_a_graph_that_breaks_a_rule_is_refused_before_anything_is_compiled(bundl
 def test_the_graphs_of_both_phases_are_held_against_the_rules(make_bundle: Any, bundle: Path, tmp_path: Path) -> None:
     """Where a tier has a graph per phase, the message says which."""
     apart = make_bundle(tmp_path / "apart.eopc", "native", "orin", apart=True)
-    break_graph(apart, "tiers/t1/decode.onnx")
-    with pytest.raises(RefusedGraphError, match="graph of t1 decode breaks"):
+    break_graph(apart, "tiers/t0/prefill.onnx")
+    with pytest.raises(RefusedGraphError, match="graph of t0 prefill breaks"):
         build(apart, Builds())
 
 
