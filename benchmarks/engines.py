@@ -2,9 +2,9 @@
 
     python benchmarks/engines.py --work FOLDER
 
-Bundles of the default model are built once per dialect and precision for the budgets, then every tier is compiled by
-TensorRT-RTX for SM86 in place of Orin (SM87) and for SM89 in place of an H100 (SM90). Both phases are in each plan,
-prefill as profile 0, decode as profile 1. The figures are of the compiler, on the CPU it runs on: they say that graphs
+Bundles of the default model are built once per dialect and precision, all with the tiers of --like (a bundle), or of the
+first one, which is planned for the budgets. Then every tier is compiled by TensorRT-RTX for SM86 in place of Orin (SM87)
+and for SM89 in place of an H100 (SM90). Both phases are in each plan, prefill as profile 0, decode as profile 1. The figures are of the compiler, on the CPU it runs on: they say that graphs
 build, that attention is fused and that plans shrink with the tiers; nothing of speed or joules. A second run with the
 same --work reads what is there.
 """
@@ -33,6 +33,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
     parser.add_argument("--budgets", default="20,10,5J")
+    parser.add_argument("--like", type=Path, help="bundle whose tiers are kept instead of planning new ones")
+    parser.add_argument(
+        "--windows", type=int, default=4, help="of calibration per domain: quality does not matter here"
+    )
     parser.add_argument("--workload", default="128:140")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--dialects", default="native,primitive")
@@ -75,10 +79,16 @@ def built(options: argparse.Namespace, folder: Path, dialect: str, precision: st
     """The bundle of a dialect and precision, built if it is not there."""
     output = folder / f"{dialect}-{precision}.eopc"
     if not (output / "manifest.json").is_file():
+        pattern = options.like or next(folder.glob("*.eopc"), None)
+        masks = () if pattern is None else tuple(sorted(pattern.glob("tiers/t[1-9]/mask.json")))
         args = BuildArgs(
             model=options.model,
             device="orin",
-            budgets_j=parse_budgets(options.budgets),
+            # what the tiers cost in another precision is not the question
+            budgets_j=(1e9,) if masks else parse_budgets(options.budgets),
+            masks=masks,
+            prefill_depth="all",
+            calibration_windows=options.windows,
             output=output,
             workload=Workload(*map(int, options.workload.split(":"))),
             dialect=dialect,
