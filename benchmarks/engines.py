@@ -2,11 +2,11 @@
 
     python benchmarks/engines.py --work FOLDER
 
-Bundles of the default model are built once per dialect and precision, all with the tiers of --like (a bundle), or of the
-first one, which is planned for the budgets. Then every tier is compiled by TensorRT-RTX for SM86 in place of Orin (SM87)
-and for SM89 in place of an H100 (SM90). Both phases are in each plan, prefill as profile 0, decode as profile 1. The figures are of the compiler, on the CPU it runs on: they say that graphs
-build, that attention is fused and that plans shrink with the tiers; nothing of speed or joules. A second run with the
-same --work reads what is there.
+Bundles of the default model are built once per dialect and precision, all with the tiers of --like (a bundle), or of
+the first one, which is planned for the budgets. Then every tier is compiled by TensorRT-RTX for SM86 in place of Orin
+(SM87) and for SM89 in place of an H100 (SM90). Both phases are in each plan, prefill as profile 0, decode as profile 1.
+The figures are of the compiler, on the CPU it runs on: they say that graphs build, that attention is fused and that
+plans shrink with the tiers; nothing of speed or joules. A second run with the same --work reads what is there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--budgets", default="20,10,5J")
     parser.add_argument("--like", type=Path, help="bundle whose tiers are kept instead of planning new ones")
     parser.add_argument(
-        "--windows", type=int, default=4, help="of calibration per domain: quality does not matter here"
+        "--windows", type=int, default=4, help="of calibration, per domain: these bundles answer nobody"
     )
     parser.add_argument("--workload", default="128:140")
     parser.add_argument("--context", type=int, default=2048)
