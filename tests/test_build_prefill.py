@@ -112,6 +112,20 @@ def test_lower_tiers_go_on_behind_it(pruned: Bundle) -> None:
     assert handed.length == len(PROMPT) and np.isfinite(lower.forward(handed, [5])).all()
 
 
+def test_eval_tells_it_from_t0_only_behind_prompts(pruned: Bundle, tmp_path: Path) -> None:
+    """Without a prompt the whole model scores every token; behind one, what it skipped is missed."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 4)
+    command = ["eval", str(pruned.root), "--text", str(text), "--ctx", "64", "--runner", "ort", "--json"]
+    plain, behind = (
+        json.loads(CliRunner().invoke(cli, [*command, *more]).stdout)["tiers"]
+        for more in ([], ["--prompt-tokens", "40"])
+    )
+    assert plain[1]["perplexity"] == pytest.approx(plain[0]["perplexity"], rel=1e-6)
+    assert abs(behind[1]["perplexity"] / behind[0]["perplexity"] - 1) > 1e-3
+    assert (plain[0]["tokens"], behind[0]["tokens"]) == (2 * 63, 2 * 24)
+
+
 def test_the_plan_says_how_deep_prompts_run(pruned: Bundle) -> None:
     """plan.json names the pair of every tier and the depth."""
     rows = json.loads((pruned.root / "plan.json").read_text(encoding="utf-8"))["tiers"]

@@ -27,6 +27,12 @@ _PART = 512
 @click.option("--tier", metavar="TIER", help="Only this tier. [default: all]")
 @click.option("--ctx", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens per window.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Use only this many tokens of the text.")
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(min=1),
+    help="So many tokens of every window run as its prompt and are not scored. Without, nothing is a prompt, and a "
+    "tier that prunes its prefill scores as t0.",
+)
 @runner_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: onnxruntime's choice]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -36,6 +42,7 @@ def evaluate(
     tier: str | None,
     ctx: int,
     max_tokens: int | None,
+    prompt_tokens: int | None,
     runner: str,
     threads: int | None,
     as_json: bool,
@@ -54,11 +61,16 @@ def evaluate(
             raise UsageError(f"--ctx {ctx} is larger than this bundle's context of {session.context}; lower it.")
         names = session.tiers if tier is None else (session.bundle.tier(tier).tier,)
         windows = cut_windows(session.tokenizer.encode(_read(Path(text)))[:max_tokens], ctx)
+        if prompt_tokens is not None and prompt_tokens >= len(windows[0]):
+            raise UsageError(
+                f"--prompt-tokens {prompt_tokens} leaves nothing to score of windows of {len(windows[0])} tokens. "
+                "Lower it, or raise --ctx."
+            )
         progress = Progress()
-        rows = [evaluate_tier(session, name, windows, progress) for name in names]
+        rows = [evaluate_tier(session, name, windows, progress, prompt_tokens or 0) for name in names]
         show_notes(session.notes)
     if as_json:
-        print_json({"bundle": bundle, "text": text, "ctx": ctx, "tiers": rows})
+        print_json({"bundle": bundle, "text": text, "ctx": ctx, "prompt_tokens": prompt_tokens, "tiers": rows})
     else:
         print_table(
             ("tier", "perplexity", "tokens"),
@@ -66,14 +78,16 @@ def evaluate(
         )
 
 
-def evaluate_tier(session: Session, name: str, windows: Sequence[Sequence[int]], progress: Progress) -> dict[str, Any]:
-    """Return {tier, perplexity, tokens} of one tier over all windows."""
+def evaluate_tier(
+    session: Session, name: str, windows: Sequence[Sequence[int]], progress: Progress, prompt: int = 0
+) -> dict[str, Any]:
+    """Return {tier, perplexity, tokens} of one tier over all windows, behind prompts of so many tokens."""
     runner = session.pool.get(name)
     total, tokens = 0.0, 0
     for done, window in enumerate(windows):
         progress.update(f"eval {name}: window {done + 1} of {len(windows)}")
-        total += window_nll(runner, window)
-        tokens += len(window) - 1
+        total += window_nll(runner, window, prompt=prompt)
+        tokens += len(window) - max(prompt, 1)
     mean = total / tokens
     perplexity = math.exp(mean) if mean < 700 else math.inf  # exp overflows at 709
     progress.done(f"eval {name}: perplexity {perplexity:.4f} over {tokens} tokens")
@@ -91,11 +105,16 @@ def cut_windows(ids: Sequence[int], ctx: int) -> list[list[int]]:
     return [list(ids[i : i + ctx]) for i in range(0, len(ids) - ctx + 1, ctx)]
 
 
-def window_nll(runner: TierRunner, window: Sequence[int], part: int = _PART) -> float:
-    """Return the sum of -log p(token | window before it) in nats, over all tokens but the first."""
+def window_nll(runner: TierRunner, window: Sequence[int], part: int = _PART, prompt: int = 0) -> float:
+    """Return the sum of -log p(token | window before it) in nats, over all tokens but the first.
+
+    With a `prompt` of so many tokens, which run as one, over the tokens behind it.
+    """
     cache = runner.new_cache()
     total = 0.0
-    for start in range(0, len(window) - 1, part):
+    if prompt:
+        total += _nll(runner.prefill(cache, window[:prompt]), window[prompt : prompt + 1])
+    for start in range(prompt, len(window) - 1, part):
         fed = window[start : min(start + part, len(window) - 1)]
         total += _nll(runner.forward(cache, fed, logits="all"), window[start + 1 : start + 1 + len(fed)])
     return total

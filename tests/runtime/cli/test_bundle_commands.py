@@ -102,6 +102,19 @@ def test_eval_of_a_text_shorter_than_a_window_uses_all_of_it(eopc: Eopc, bundle:
     assert "perplexity" in eopc("eval", bundle, "--text", text, "--ctx", 32).stdout
 
 
+def test_eval_behind_prompts_scores_what_follows_them(eopc: Eopc, fake_tier: Any, bundle: Path, tmp_path: Path) -> None:
+    """The prompt's own tokens count in no figure; the token that the prompt predicts does."""
+    window = [1, 2, 3, 9, 10]
+    assert window_nll(fake_tier, window, prompt=4) == pytest.approx(window_nll(fake_tier, [9, 10]))
+    assert window_nll(fake_tier, window, prompt=3) > window_nll(fake_tier, window, prompt=4)
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefgh")
+    rows = json.loads(eopc("eval", bundle, "--text", text, "--ctx", 4, "--prompt-tokens", 3, "--json").stdout)
+    assert (rows["prompt_tokens"], rows["tiers"][0]["tokens"]) == (3, 2)
+    result = eopc("eval", bundle, "--text", text, "--ctx", 4, "--prompt-tokens", 4)
+    assert result.exit_code != 0 and "leaves nothing to score" in result.stderr
+
+
 def test_eval_mistakes_are_clear(eopc: Eopc, bundle: Path, tmp_path: Path) -> None:
     """Too little text, other encodings, and windows beyond the context are errors with the reason."""
     text = tmp_path / "text.txt"
