@@ -223,17 +223,18 @@ def plan_tiers(state: CompileState) -> CompileState:
             losses = lru_cache(lambda: ContinuationLoss(model, text, args.prompt_part, depth))  # not before it is asked
 
             def loss(mask: Mask) -> float:
-                if mask == full:
-                    return mean(losses().of_mask(mask).values())
                 count = state.counter("repairing a candidate")
                 tier, _ = repair(state, model, mask, FINALIST_WINDOWS, count, depth)
                 return mean(losses().of_tier(tier, mask).values())
 
-            return Behind(lambda mask: plan_energy(state, mask, storage, depth), loss)
+            def price_behind(mask: Mask) -> float:
+                return plan_energy(state, mask, storage, depth)
 
-        depths = prefill_depths(args.prefill_depth, len(full.layers))
-        always = isinstance(args.prefill_depth, int)
-        tiers = plan_prefill(tiers, depths, behind, state.observations.curves, state.align, state.say, always)
+            return Behind(price_behind, lru_cache(lambda: mean(losses().of_mask(full).values())), loss)
+
+        depths = {d: behind(d) for d in prefill_depths(args.prefill_depth, len(full.layers))}
+        asked = isinstance(args.prefill_depth, int)
+        tiers = plan_prefill(tiers, depths, state.observations.curves, state.align, state.say, asked)
         path.write_text(json.dumps([asdict(t) for t in tiers]), encoding="utf-8")
 
     path = state.cache.get("plan", inputs, ".json", produce)

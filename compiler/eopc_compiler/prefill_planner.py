@@ -7,7 +7,7 @@ wider decode tier, and it enters the ladder only if that loses less on the conti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from eopc_compiler.importance import LayerCurves
@@ -22,9 +22,16 @@ WORTH_HAVING = 0.005  # nats per token that a pair must win by
 
 @dataclass(frozen=True, slots=True)
 class Behind:
-    """Prompts that run through some depth only: the price of a mask in the plan behind them, and its repaired loss."""
+    """Prompts that run through some depth only.
+
+    Args:
+        price: joules of a mask in the plan behind them.
+        whole: continuation loss of the whole model behind them, nats per token; takes seconds.
+        repaired: the same of a mask, repaired on the cache they leave; dear.
+    """
 
     price: Price
+    whole: Callable[[], float]
     repaired: Loss
 
 
@@ -35,8 +42,7 @@ def depths_to_try(layers: int) -> tuple[int, ...]:
 
 def plan_prefill(
     plan: Sequence[TierPlan],
-    depths: Sequence[int],
-    behind: Callable[[int], Behind],
+    depths: Mapping[int, Behind],
     curves: Sequence[LayerCurves],
     align: int,
     report: Callable[[str], None] | None = None,
@@ -44,56 +50,75 @@ def plan_prefill(
 ) -> tuple[TierPlan, ...]:
     """The ladder, with a tier that prunes its prefill where that loses less at the same joules.
 
+    Every depth that frees enough is judged by what it does to the whole model and by the curves of what tiers win back;
+    the most promising one is then measured, its tiers repaired.
+
     Args:
         plan: t0 and the static tiers, from `planner.plan_ladder`.
         depths: to try.
-        behind: what masks cost and lose behind prompts of a depth; dear, asked for once per depth.
         align: FFN channels go this many at a time.
-        always: keep the tier of the first depth whether or not it wins; for a depth that was asked for.
+        always: keep the tier whether or not it wins; for a depth that was asked for.
     """
-    full = plan[0].mask
-    best: tuple[float, tuple[TierPlan, ...]] = (0.0 if not always else -float("inf"), tuple(plan))
-    for depth in depths:
-        pruned = behind(depth)
-        if not always and not _frees_enough(plan, full, pruned.price):
-            continue
-        ladder, won = _with_depth(plan, depth, pruned, curves, align)
-        if report:
-            report(f"prompts through {depth} of {len(full.layers)} layers: {won:.3f} nats less over the ladder's tiers")
-        if won > best[0]:
-            best = (won, ladder)
-    return best[1]
+    promising = []
+    for depth, behind in depths.items():
+        if always or _frees_enough(plan, behind.price):
+            _, won = _with_depth(plan, depth, behind, _estimate(plan, behind, curves), curves, align)
+            promising.append((won, depth))
+    if not promising:
+        return tuple(plan)
+    expected, depth = max(promising)
+    if expected <= 0 and not always:
+        return tuple(plan)
+    behind = depths[depth]
+    ladder, won = _with_depth(plan, depth, behind, lambda _tier, mask: behind.repaired(mask), curves, align)
+    if report:
+        layers = len(plan[0].mask.layers)
+        report(
+            f"prompts through {depth} of {layers} layers: {won:.3f} nats less over the tiers, {expected:.3f} expected"
+        )
+    return ladder if always or won > 0 else tuple(plan)
 
 
-def _frees_enough(plan: Sequence[TierPlan], full: Mask, price: Price) -> bool:
-    freed = plan[0].energy_j - price(full)
+Judge = Callable[[TierPlan, Mask], float]  # nats per token of a mask in place of a static tier's
+
+
+def _frees_enough(plan: Sequence[TierPlan], price: Price) -> bool:
+    freed = plan[0].energy_j - price(plan[0].mask)
     return any(t.budget_j is not None and freed >= WORTH_TRYING * t.budget_j for t in plan[1:])
 
 
+def _estimate(plan: Sequence[TierPlan], behind: Behind, curves: Sequence[LayerCurves]) -> Judge:
+    """A static tier's loss, more by the harm that skipping does to the whole model, less by what a wider mask wins."""
+    harm = behind.whole() - plan[0].loss
+
+    def cut(mask: Mask) -> float:
+        return sum(curves[d.source_layer].added(d) for d in mask.layers)
+
+    return lambda tier, mask: tier.loss + harm + cut(mask) - cut(tier.mask)
+
+
 def _with_depth(
-    plan: Sequence[TierPlan], depth: int, pruned: Behind, curves: Sequence[LayerCurves], align: int
+    plan: Sequence[TierPlan], depth: int, behind: Behind, judge: Judge, curves: Sequence[LayerCurves], align: int
 ) -> tuple[tuple[TierPlan, ...], float]:
     """The ladder with a tier of this depth, and the nats per token it wins over all tiers below."""
     full, won = plan[0].mask, 0.0
-    skipped = len(full.layers) - depth
-    loss = pruned.repaired(full)
-    note = f"prompts skip the last {skipped} of {len(full.layers)} layers"
-    first = TierPlan(None, full, pruned.price(full), loss, note, depth=depth, prefill=1)
+    note = f"prompts skip the last {len(full.layers) - depth} of {len(full.layers)} layers"
+    first = TierPlan(None, full, behind.price(full), behind.whole(), note, depth=depth, prefill=1)
     below = list[TierPlan]()
     for tier in plan[1:]:
         assert tier.budget_j is not None
         if first.energy_j <= tier.budget_j:  # then the whole model answers, within the budget
-            won += tier.loss - loss
+            won += tier.loss - first.loss
             first = replace(first, budget_j=max(tier.budget_j, first.budget_j or 0.0))
             continue
         above = below[-1].mask if below else full
         kept = {d.source_layer for d in tier.mask.layers}
         start = Mask(tuple(d for d in above.layers if d.source_layer in kept))
-        mask = shrink_to_budget(start, tier.budget_j, curves, pruned.price, align)
-        found = pruned.repaired(mask) if mask is not None else float("inf")
+        mask = shrink_to_budget(start, tier.budget_j, curves, behind.price, align)
+        found = judge(tier, mask) if mask is not None else float("inf")
         if mask is not None and found < tier.loss - WORTH_HAVING:
             won += tier.loss - found
-            below.append(replace(tier, mask=mask, energy_j=pruned.price(mask), loss=found, prefill=1))
+            below.append(replace(tier, mask=mask, energy_j=behind.price(mask), loss=found, prefill=1))
         else:
             below.append(tier)
     return (plan[0], first, *below), won

@@ -41,13 +41,16 @@ def loss(mask: Mask) -> float:
     return 2.0 + 0.1 * sum(WIDTH - d.intermediate_size for d in mask.layers) / LAYERS
 
 
-def behind(prompt_j: float, harm: float) -> Callable[[int], Behind]:
+def behind(prompt_j: float, harm: float, *depths: int) -> dict[int, Behind]:
     """Prompts that skip layers cost less, and harm the answer by so much for each layer skipped."""
 
     def of_depth(depth: int) -> Behind:
-        return Behind(lambda mask: depth * prompt_j + decode_j(mask), lambda mask: loss(mask) + harm * (LAYERS - depth))
+        harmed = harm * (LAYERS - depth)
+        return Behind(
+            lambda mask: depth * prompt_j + decode_j(mask), lambda: 2.0 + harmed, lambda mask: loss(mask) + harmed
+        )
 
-    return of_depth
+    return {depth: of_depth(depth) for depth in depths}
 
 
 def nested(tiers: tuple[TierPlan, ...]) -> bool:
@@ -57,7 +60,7 @@ def nested(tiers: tuple[TierPlan, ...]) -> bool:
 def test_a_dear_prompt_is_pruned_where_that_harms_less_than_a_narrower_tier() -> None:
     """The tier stands right below t0, the others are wider behind it, all within their budgets, nested."""
     plan = static(0.5, 11.2, 10.5)
-    found = plan_prefill(plan, (8, 7), behind(0.5, 0.001), CURVES, 2)
+    found = plan_prefill(plan, behind(0.5, 0.001, 8, 7), CURVES, 2)
     assert [t.depth for t in found] == [None, 7, None, None] or [t.depth for t in found] == [None, 7, None]
     assert found[1].mask == FULL and nested(found)
     for tier in found[1:]:
@@ -68,7 +71,7 @@ def test_a_dear_prompt_is_pruned_where_that_harms_less_than_a_narrower_tier() ->
 def test_a_budget_that_the_whole_model_meets_behind_it_is_its_own() -> None:
     """Then no narrower tier is needed for that budget."""
     plan = static(0.5, 12.5)
-    found = plan_prefill(plan, (7,), behind(0.5, 0.001), CURVES, 2)
+    found = plan_prefill(plan, behind(0.5, 0.001, 7), CURVES, 2)
     assert len(found) == 2
     assert (found[1].budget_j, found[1].depth, found[1].mask) == (12.5, 7, FULL)
     assert found[1].energy_j <= 12.5
@@ -80,13 +83,13 @@ def test_a_budget_that_the_whole_model_meets_behind_it_is_its_own() -> None:
 def test_otherwise_the_ladder_stays_as_it_is(prompt_j: float, harm: float) -> None:
     """And where a prompt is cheap, nothing is measured at all."""
     plan = static(prompt_j, 8.0 + 10 * prompt_j)
-    assert plan_prefill(plan, (8, 7), behind(prompt_j, harm), CURVES, 2) == plan
+    assert plan_prefill(plan, behind(prompt_j, harm, 8, 7), CURVES, 2) == plan
 
 
 def test_a_depth_that_was_asked_for_is_kept_whether_it_wins_or_not() -> None:
     """The tiers below stay with t0's prompts where those are better."""
     plan = static(0.5, 10.5)
-    found = plan_prefill(plan, (7,), behind(0.5, 1.0), CURVES, 2, always=True)
+    found = plan_prefill(plan, behind(0.5, 1.0, 7), CURVES, 2, always=True)
     assert [(t.depth, t.prefill) for t in found] == [(None, 0), (7, 1), (None, 0)]
     assert found[2] == plan[1]
 
@@ -95,3 +98,21 @@ def test_the_depths_tried_are_those_of_the_paper() -> None:
     """From a fifth to two fifths of the layers skipped; a model of one layer has none to skip."""
     assert depths_to_try(30) == (24, 22, 20, 18)
     assert depths_to_try(1) == ()
+
+
+def test_a_depth_that_promises_most_is_measured_alone_and_dropped_if_it_does_not_keep_it() -> None:
+    """Repairs are dear: one depth's tiers are repaired, and the static ladder stays where they lose after all."""
+    plan = static(0.5, 11.2, 10.5)
+    measured: list[int] = []
+
+    def watched(depth: int, one: Behind, worse: float) -> Behind:
+        def repaired(mask: Mask) -> float:
+            measured.append(depth)
+            return one.repaired(mask) + worse
+
+        return Behind(one.price, one.whole, repaired)
+
+    honest = {d: watched(d, one, 0.0) for d, one in behind(0.5, 0.001, 9, 8, 7).items()}
+    assert plan_prefill(plan, honest, CURVES, 2)[1].depth == 7 and set(measured) == {7}
+    disappointing = {d: watched(d, one, 1.0) for d, one in behind(0.5, 0.001, 9, 8, 7).items()}
+    assert plan_prefill(plan, disappointing, CURVES, 2) == plan
