@@ -138,8 +138,8 @@ def test_t0_in_fp32_answers_and_equals_torch(tmp_path: Path) -> None:
 def test_each_part_of_prefill_pruning_is_worth_what_the_paper_found() -> None:
     """A third of the layers skipped by prompts of 288 tokens; nats added to answers of 96, built-in held-out text.
 
-    The last layers with both parts lose least; then without the boundary token, without keys and values of skipped
-    layers, with every third layer skipped instead, and with the first ones.
+    The last layers with both parts lose least, without the boundary token a little more; without keys and values of
+    skipped layers, or with every third layer skipped instead, over half a nat; with the first layers skipped, most.
     """
     import torch
 
@@ -161,8 +161,9 @@ def test_each_part_of_prefill_pruning_is_worth_what_the_paper_found() -> None:
         PrefillPruning(first(30, 10)),
     )
     with torch.no_grad():
-        losses = [float(continuation_losses(model, tokens, 288, pruning).mean()) for pruning in order]
-    assert losses == sorted(losses) and losses[1] - losses[0] < 0.5 < losses[3] - losses[0]
+        dense, *losses = [float(continuation_losses(model, tokens, 288, pruning).mean()) for pruning in order]
+    whole, no_boundary, *broken, shallow = [loss - dense for loss in losses]
+    assert 0 < whole < no_boundary < 0.5 < min(broken) < max(broken) < shallow
 
 
 def corpus(name: str) -> str:
