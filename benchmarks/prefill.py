@@ -33,7 +33,7 @@ LENGTH, PROMPT = 512, 384
 
 
 def importance(args: argparse.Namespace) -> None:
-    """A row a layer: the mean squared gradient of its gate in either stage, and its share of the stage's sum."""
+    """A row a layer: the mean squared gradient of its gate in either stage."""
     model, windows = load(args, 128)
     prompts = list(windows.tokens[:: max(1, len(windows.tokens) // args.samples)][: args.samples])
     found = stage_importance(model, prompts, 64, report=lambda done, total: click.echo(f"{done}/{total}", err=True))

@@ -103,12 +103,11 @@ def key_value_entries(
             assert isinstance(entry, ColumnMatrix)
             pieces = entry.kept(dims.num_key_value_heads)
             codes = torch.cat([reader.stored(p.codes) for p in pieces], -1)[..., queries:]
-            scales = [reader.stored(p.scales) for p in pieces if p.scales is not None]
-            piece = Piece(
-                dims.num_key_value_heads,
-                writer.tensor(codes, pieces[0].codes.dtype),
-                writer.tensor(torch.cat(scales, -1)[..., queries:], str(scales[0].dtype)[6:]) if scales else None,
-            )
+            stored, scales = [p.scales for p in pieces if p.scales is not None], None
+            if stored:
+                joined = torch.cat([reader.stored(s) for s in stored], -1)
+                scales = writer.tensor(joined[..., queries:], stored[0].dtype)
+            piece = Piece(dims.num_key_value_heads, writer.tensor(codes, pieces[0].codes.dtype), scales)
             entries[f"{owner}.kv_proj.{leaf}"] = ColumnMatrix((piece,), entry.block, entry.input_scale)
     return entries
 

@@ -54,7 +54,7 @@ class ContinuationLoss:
     """
 
     def __init__(self, model: Llama, batches: Sequence[Batch], prompt: int, depth: int | None = None) -> None:
-        self.model, self.batches, self.prompt = model, batches, prompt
+        self.model, self.batches, self.prompt, self.depth = model, batches, prompt, depth
         self.evaluations = 0
         self._past: list[list[Past]] = []  # per batch, per source layer
         self._inputs: list[list[Tensor]] = []  # hidden states [n, S - prompt, hidden] in front of every source layer

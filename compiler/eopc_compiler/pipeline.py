@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean as mean
 from typing import Literal
@@ -204,33 +204,27 @@ def plan_tiers(state: CompileState) -> CompileState:
 
     def produce(path: Path) -> None:
         assert state.selection and state.observations
-        model = deployed_model(state, storage)
-        selection = ContinuationLoss(model, state.selection.batches(), state.args.prompt_part)
+        model, text, args = deployed_model(state, storage), state.selection.batches(), state.args
+        selection = ContinuationLoss(model, text, args.prompt_part)
 
-        def repaired(mask: Mask) -> float:
-            tier, _ = repair(state, model, mask, FINALIST_WINDOWS, state.counter("repairing a candidate"))
-            return mean(selection.of_tier(tier, mask).values())
+        def repaired(losses: ContinuationLoss, mask: Mask) -> float:
+            count = state.counter("repairing a candidate")
+            tier, _ = repair(state, model, mask, FINALIST_WINDOWS, count, losses.depth)
+            return mean(losses.of_tier(tier, mask).values())
 
         def measured(mask: Mask) -> float:
             return mean(selection.of_mask(mask).values())
 
-        objective = Objective(state.observations.curves, price, measured, repaired, state.align)
-        args = state.args
+        objective = Objective(state.observations.curves, price, measured, partial(repaired, selection), state.align)
         tiers = plan_ladder(full, args.budgets_j, objective, args.search_seconds, args.seed, state.tick)
 
         def behind(depth: int) -> Behind:
-            text = state.selection.batches() if state.selection else ()
             losses = lru_cache(lambda: ContinuationLoss(model, text, args.prompt_part, depth))  # not before it is asked
-
-            def loss(mask: Mask) -> float:
-                count = state.counter("repairing a candidate")
-                tier, _ = repair(state, model, mask, FINALIST_WINDOWS, count, depth)
-                return mean(losses().of_tier(tier, mask).values())
-
-            def price_behind(mask: Mask) -> float:
-                return plan_energy(state, mask, storage, depth)
-
-            return Behind(price_behind, lru_cache(lambda: mean(losses().of_mask(full).values())), loss)
+            return Behind(
+                price=lambda mask: plan_energy(state, mask, storage, depth),
+                whole=lru_cache(lambda: mean(losses().of_mask(full).values())),
+                repaired=lambda mask: repaired(losses(), mask),
+            )
 
         depths = {d: behind(d) for d in prefill_depths(args.prefill_depth, len(full.layers))}
         asked = isinstance(args.prefill_depth, int)

@@ -1,4 +1,4 @@
-"""The whole model as it is stored: weights.bin of a ladder, written once and read back in fp32."""
+"""The whole model as it is stored, and tiers repaired on it: weights.bin, written once and read back in fp32."""
 
 from __future__ import annotations
 
