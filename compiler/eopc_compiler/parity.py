@@ -113,7 +113,7 @@ def without_rounded_inputs(graph: bytes) -> bytes:
 def _logits(runner: OrtTier, tokens: list[int]) -> npt.NDArray[np.float32]:
     """The same through the runtime: a prefill, and one cached step per further token."""
     cache = runner.new_cache()
-    if runner.prunes_prefill:
+    if runner.has_prompt_graph:
         rows = [runner.prefill(cache, tokens[:PROMPT]).copy()]
     else:
         rows = [runner.forward(cache, tokens[:PROMPT], logits="all")]

@@ -9,7 +9,7 @@ that the manifest does not list (engines built on the board, a report) are left 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -59,6 +59,11 @@ class Bundle:
             raise BundleError(
                 f"{ENERGY_NAME} prices {', '.join(priced)}, but the manifest has "
                 f"{', '.join(t.tier for t in manifest.tiers)}. Build or calibrate the bundle again."
+            )
+        if energy.own_prompts != (own := tuple(t.tier for t in manifest.tiers if t.selector)):
+            raise BundleError(
+                f"{ENERGY_NAME} says that {', '.join(energy.own_prompts) or 'no tier'} reads its own prompts, the "
+                f"manifest {', '.join(own) or 'none'}. Build or calibrate the bundle again."
             )
         return cls(root, manifest, energy)
 
@@ -220,6 +225,38 @@ class PrefillInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class SelectorInfo:
+    """FFN channels chosen once per sequence, by what the prompt did in them (EOP-style).
+
+    Of every layer the first `core` channels always run. Of the `pool` behind them `graph` gathers the `chosen` ones
+    that the prompt's energies favour, between prefill and decode: the choice depends on the prompt, its size does not.
+    """
+
+    graph: str
+    core: tuple[int, ...]
+    pool: tuple[int, ...]
+    chosen: tuple[int, ...]
+
+    @classmethod
+    def from_fields(cls, tier: Fields, layers: Sequence[LayerInfo]) -> SelectorInfo | None:
+        """Read the record of a tier strictly; null for none."""
+        if tier.raw("selector") is None:
+            return None
+        fields = tier.child("selector")
+        info = cls(fields.text("graph"), fields.integers("core"), fields.integers("pool"), fields.integers("chosen"))
+        if not len(info.core) == len(info.pool) == len(info.chosen) == len(layers):
+            fields.fail(f"core, pool and chosen have one number for each of the {len(layers)} layers.")
+        for layer, core, pool, chosen in zip(layers, info.core, info.pool, info.chosen, strict=True):
+            if min(core, chosen) < 0 or chosen > pool or core + pool != layer.ffn:
+                fields.fail(
+                    f"layer {layer.source_layer} cannot choose {chosen} of {pool} channels beside {core}, of "
+                    f"{layer.ffn} in all."
+                )
+        fields.done()
+        return info
+
+
+@dataclass(frozen=True, slots=True)
 class TierInfo:
     """One rung of the ladder; `keep` are shares of layers, KV groups and FFN units kept, 0 to 1."""
 
@@ -240,10 +277,18 @@ class TierInfo:
     parity: Mapping[str, object]
     proxy: Mapping[str, object] = field(default_factory=dict)  # of a build by TensorRT-RTX, or why there was none
     prefill: PrefillInfo | None = None  # where prompts run through a graph of their own
+    selector: SelectorInfo | None = None  # where some channels are chosen after the prompt
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Paths of all graphs of the tier."""
+        own = (self.prefill, self.selector)
+        return (self.graph, *(part.graph for part in own if part is not None))
 
     @classmethod
     def from_fields(cls, fields: Fields) -> TierInfo:
         """Read a tier record strictly."""
+        layers = tuple(LayerInfo.from_fields(child) for child in fields.children("layers"))
         tier = cls(
             tier=fields.text("tier"),
             budget_j=fields.number_or_none("budget_j", minimum=0),
@@ -254,7 +299,7 @@ class TierInfo:
             perplexity_by_domain=fields.numbers_by_name("perplexity_by_domain"),
             params=fields.integer("params", minimum=1),
             keep=_read_keep(fields.child("keep")),
-            layers=tuple(LayerInfo.from_fields(child) for child in fields.children("layers")),
+            layers=layers,
             cost=TierCost.from_fields(fields.child("cost")),
             graph=fields.text("graph"),
             mask=fields.text("mask"),
@@ -262,11 +307,15 @@ class TierInfo:
             parity=fields.mapping("parity"),
             proxy=fields.mapping("proxy") if "proxy" in fields else {},
             prefill=PrefillInfo.from_fields(fields) if "prefill" in fields else None,
+            selector=SelectorInfo.from_fields(fields, layers) if "selector" in fields else None,
         )
         fields.done()
         if (tier.prefill is None) != (tier.cost.prefill is None):
             fields.fail("a tier whose prompts run through another graph has its path and its cost, both or neither.")
-        if tier.prefill is not None and tier.prefill.depth >= len(tier.layers):
+        if (tier.selector is None) != (not tier.cost.gather_bytes) or (tier.selector and tier.prefill is None):
+            fields.fail("a tier that chooses channels records its prompts by a graph of its own, and gathers weights.")
+        deepest = len(tier.layers) - (tier.selector is None)
+        if tier.prefill is not None and tier.prefill.depth > deepest:
             fields.fail(f"prompts cannot run through {tier.prefill.depth} of {len(tier.layers)} layers and skip some.")
         return tier
 
@@ -412,11 +461,7 @@ def _check_files(manifest: Manifest) -> None:
         ENERGY_NAME,
         WEIGHTS_NAME,
         TOKENIZER_NAME,
-        *(
-            p
-            for tier in manifest.tiers
-            for p in (tier.graph, tier.mask, *([tier.prefill.graph] if tier.prefill else []))
-        ),
+        *(p for tier in manifest.tiers for p in (*tier.graphs, tier.mask)),
     ]
     for path in needed:
         if path not in paths:

@@ -100,7 +100,7 @@ class Controller:
         remaining = self.start.request.max_new_tokens - 1 - self.done
         left_j, tier = self.ledger.remaining_j - self._reserve_j, self.tier
         while (action := next_action(self._prices, left_j, tier, n, self.done, remaining)) == "downshift":
-            tier += 1
+            tier = self._prices.below(tier)[0]
         if action == "stop":
             return self._log(seen, Decision("stop", tier, 0, 0.0, self.ledger.spent_j))
         steps = self._granted(seen, left_j, tier, remaining)

@@ -48,7 +48,8 @@ class TierCost:
     kv_bytes_per_token is K and V of one context token over all kept layers; flops_per_token are the matmuls
     of one token without the head; attn_flops_per_context are the FLOPs per query token per context token
     over all layers (4 head_dim q_heads, summed). `prefill` is the work of the graph that prompts run through where
-    that is another one (prefill-only pruning); the last token of the prompt is then a step of this one.
+    that is another one (prefill-only pruning); the last token of the prompt is then a step of this one. gather_bytes
+    are moved once per sequence, between the two, where the tier chooses weights after its prompt.
     """
 
     layers: int
@@ -58,6 +59,7 @@ class TierCost:
     head_flops: float
     attn_flops_per_context: float
     prefill: TierCost | None = None
+    gather_bytes: int = 0
 
     def to_json(self) -> dict[str, object]:
         """Return the fields as a JSON object."""
@@ -74,6 +76,7 @@ class TierCost:
             head_flops=fields.number("head_flops", minimum=0),
             attn_flops_per_context=fields.number("attn_flops_per_context", minimum=0),
             prefill=_read_prefill(fields),
+            gather_bytes=fields.integer("gather_bytes", minimum=0) if "gather_bytes" in fields else 0,
         )
         fields.done()
         return cost
@@ -157,7 +160,8 @@ class EnergyTable:
     """Prices of a ladder on one device; tiers run from t0 down, and prices include the margin.
 
     A table has one energy source: estimates and measurements are not mixed. It holds in one power mode (None:
-    not known); `other_modes` are the same ladder's tables in other modes, side by side.
+    not known); `other_modes` are the same ladder's tables in other modes, side by side. Tiers of `own_prompts` choose
+    weights by what a prompt did in them, so they answer no prompt that another tier has read.
     """
 
     device: str
@@ -167,6 +171,7 @@ class EnergyTable:
     mode: str | None = None
     calibration: Calibration | None = None
     other_modes: tuple[EnergyTable, ...] = ()
+    own_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_source(self.source)
@@ -189,6 +194,16 @@ class EnergyTable:
     def nominal(self) -> bool:
         """True if no power meter stands behind these joules (prior, proxy)."""
         return self.source in NOMINAL_SOURCES
+
+    def plans(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of a prefill tier and a decode tier at or below it, best decode tier first, then best prefill tier."""
+        tiers = range(len(self.tiers))
+        return tuple((p, d) for d in tiers for p in range(d + 1) if p == d or d in self.below(p))
+
+    def below(self, tier: int) -> tuple[int, ...]:
+        """The tiers that a sequence may go down to from a tier, nearest first."""
+        lower = range(tier + 1, len(self.tiers))
+        return tuple(t for t in lower if self.tiers[t].tier not in self.own_prompts)
 
     def prefill_price_j(self, tier: int, n: int) -> float:
         """Joules charged for a prefill of n tokens on tier index `tier`."""
@@ -249,7 +264,7 @@ class EnergyTable:
         """Return the content of energy.json."""
         content = asdict(self)
         for other in content["other_modes"]:
-            for key in ("device", "other_modes"):
+            for key in ("device", "other_modes", "own_prompts"):
                 del other[key]
         return plain({"schema": ENERGY_SCHEMA, **content})
 
@@ -262,10 +277,11 @@ class EnergyTable:
             fields.fail(f"schema {schema} was written by a newer eopc (this one reads {ENERGY_SCHEMA}); upgrade eopc.")
         device = fields.text("device")
         others = () if schema == 1 else fields.children("other_modes")
-        table = _read_mode(fields, device, schema)
+        own = fields.texts("own_prompts", ())
+        table = replace(_read_mode(fields, device, schema), own_prompts=own)
         read = []
         for other in others:
-            read.append(_read_mode(other, device, schema))
+            read.append(replace(_read_mode(other, device, schema), own_prompts=own))
             other.done()
         fields.done()
         return replace(table, other_modes=tuple(read))
@@ -276,14 +292,15 @@ def prior_energy(profile: DeviceProfile, tier: str, cost: TierCost, precision: s
 
     A decode step at context c moves weight_bytes + c kv_bytes_per_token; a prefill of n tokens reads the
     weights once, writes n tokens of KV and has n^2 / 2 query-context pairs under the causal mask. Where prompts run
-    through a graph of their own, a prefill is that graph over n tokens and one step.
+    through a graph of their own, a prefill is that graph over n tokens and one step, and the gathering of weights
+    between them where the tier chooses any.
     """
     own = _prior_terms(profile, cost, precision)
     prompt = own if cost.prefill is None else _prior_terms(profile, cost.prefill, precision)
     boundary = _Terms(0.0, 0.0, 0.0, 0.0) if cost.prefill is None else own
     return TierEnergy(
         tier=tier,
-        prefill_j0=prompt.once_j + boundary.once_j + boundary.token_j,
+        prefill_j0=prompt.once_j + boundary.once_j + boundary.token_j + _gather_j(profile, cost, precision),
         prefill_j1=prompt.token_j + prompt.context_j + boundary.context_j + boundary.attn_j,
         prefill_j2=prompt.attn_j / 2,
         step_j0=own.once_j + own.token_j,
@@ -303,9 +320,21 @@ class _Terms:
     attn_j: float
 
 
-def _prior_terms(profile: DeviceProfile, cost: TierCost, precision: str) -> _Terms:
+def _gather_j(profile: DeviceProfile, cost: TierCost, precision: str) -> float:
+    """Joules of choosing and moving weights once; its small operators are launched like those of a decode step."""
+    if not cost.gather_bytes:
+        return 0.0
+    launch_s = profile.constant("fixed_s") + cost.layers * profile.constant("layer_s")
+    return profile.constant("idle_w") * launch_s + _byte_j(profile, precision) * cost.gather_bytes
+
+
+def _byte_j(profile: DeviceProfile, precision: str) -> float:
     speed = profile.constant("bandwidth") * profile.precision(precision).decode_efficiency.value
-    byte_j = profile.constant("idle_w") / speed + profile.constant("j_per_byte")
+    return profile.constant("idle_w") / speed + profile.constant("j_per_byte")
+
+
+def _prior_terms(profile: DeviceProfile, cost: TierCost, precision: str) -> _Terms:
+    byte_j = _byte_j(profile, precision)
     flop_s = 1 / (profile.constant("flops") * profile.constant("prefill_efficiency"))
     flop_j = profile.constant("idle_w") * flop_s + profile.constant("j_per_flop")
     launch_s = profile.constant("fixed_s") + cost.layers * profile.constant("layer_s")
@@ -336,7 +365,8 @@ def prior_step_s(profile: DeviceProfile, cost: TierCost, precision: str, context
 def prior_table(profile: DeviceProfile, costs: Mapping[str, TierCost], precision: str, margin: float) -> EnergyTable:
     """Price a whole ladder (t0 first) on a device from its profile."""
     tiers = tuple(prior_energy(profile, name, cost, precision) for name, cost in costs.items())
-    return EnergyTable(profile.name, profile.energy_source, margin, tiers)
+    own = tuple(name for name, cost in costs.items() if cost.gather_bytes)
+    return EnergyTable(profile.name, profile.energy_source, margin, tiers, own_prompts=own)
 
 
 def _read_mode(fields: Fields, device: str, schema: int) -> EnergyTable:

@@ -29,7 +29,7 @@ ENGINES_SCHEMA = 1
 ENGINES_FOLDER = "engines"
 ENGINES_NAME = "engines.json"
 TIMING_CACHE_NAME = "timing.cache"
-PHASES = ("both", "prefill", "decode")
+PHASES = ("both", "prefill", "gather", "decode")
 MIN_COSINE = 0.99
 MIN_TOP1 = 0.99
 
@@ -272,8 +272,11 @@ def graph_sha256(bundle: Bundle, info: TierInfo) -> str:
 
 
 def phase_graphs(info: TierInfo) -> dict[str, str]:
-    """The graphs of a tier by phase: one for both, or two where prompts run through a graph of their own."""
-    return {"prefill": info.prefill.graph, "decode": info.graph} if info.prefill else {"both": info.graph}
+    """The graphs of a tier by phase: one for both, or more where prompts run through a graph of their own."""
+    if info.prefill is None:
+        return {"both": info.graph}
+    gather = {"gather": info.selector.graph} if info.selector else {}
+    return {"prefill": info.prefill.graph, **gather, "decode": info.graph}
 
 
 def plan_name(tier: str, phase: str) -> str:

@@ -96,7 +96,7 @@ class Ledger:
 
 
 def next_action(table: EnergyTable, left_j: float, tier: int, n: int, done: int, remaining: int) -> str:
-    """Return "step", "downshift" (to tier + 1, then ask again) or "stop" before the next decode step.
+    """Return "step", "downshift" (to the next of `table.below`, then ask again) or "stop" before the next decode step.
 
     Args:
         left_j: joules left of the budget, infinite without one.
@@ -114,8 +114,7 @@ def next_action(table: EnergyTable, left_j: float, tier: int, n: int, done: int,
     if left_j == math.inf or affords_rest(table, left_j, tier, n, done, remaining, here=1):
         return "step"
     here = affordable_steps(table, left_j, tier, n, done, remaining)
-    lower = range(tier + 1, len(table.tiers))
-    if any(affordable_steps(table, left_j, t, n, done, remaining) > here for t in lower):
+    if any(affordable_steps(table, left_j, t, n, done, remaining) > here for t in table.below(tier)):
         return "downshift"
     return "step" if here else "stop"
 
@@ -127,7 +126,7 @@ def affords_rest(table: EnergyTable, left_j: float, tier: int, n: int, done: int
         return False
     return any(
         (paid_j + table.steps_price_j(t, n, done + here, remaining - here)) * (1 + ROUNDING) <= left_j
-        for t in range(tier, len(table.tiers))
+        for t in (tier, *table.below(tier))
     )
 
 

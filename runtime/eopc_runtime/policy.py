@@ -60,7 +60,7 @@ def pick_tier(table: EnergyTable, budget_j: float | None, request: Request) -> P
         return Plan(0, 0, table.plan_price_j(0, 0, n, m), m)
     if not budget_j > 0:
         raise BudgetError(f"The budget is {budget_j} J. Give a positive energy, for example 5J.")
-    pairs = [(prefill, decode) for decode in range(len(table.tiers)) for prefill in range(decode + 1)]
+    pairs = table.plans()
     quanta = [quantum_j(table, decode, request) for decode in range(len(table.tiers))]
     for prefill, decode in pairs:
         price = table.plan_price_j(prefill, decode, n, m)

@@ -33,6 +33,7 @@ def tier_json(i, layers, ffn=64):
             "head_flops": 1e3,
             "attn_flops_per_context": 512,
             "prefill": None,
+            "gather_bytes": 0,
         },
         "graph": f"tiers/t{i}/model.onnx",
         "mask": f"tiers/t{i}/mask.json",
@@ -40,6 +41,7 @@ def tier_json(i, layers, ffn=64):
         "parity": {"max_abs_logit_error": 1e-5},
         "proxy": {"target": "sm86"},
         "prefill": None,
+        "selector": None,
     }
 
 

@@ -51,6 +51,7 @@ def calibrated_table(old: EnergyTable, fits: Sequence[TierFit], basis: Basis, ce
         mode=basis.identity.power_mode,
         calibration=Calibration(basis.hull, conformal, cells, mape_cv, basis.meter, basis.identity),
         other_modes=kept_modes(old, basis.identity),
+        own_prompts=old.own_prompts,
     )
 
 

@@ -24,6 +24,7 @@ from eopc_runtime.cpu_features import int8_products_overflow
 from eopc_runtime.errors import BundleError, MissingExtraError
 from eopc_runtime.memory import release_memory
 from eopc_runtime.runners.base import Logits, Wanted, adoption, causal_mask, check_room
+from eopc_runtime.runners.ort_selector import Chosen, Selector, bind_energies
 
 GROWTH = 128  # slots a cache grows by; each growth copies the used part once
 PREFILL_CHUNK = 256  # tokens; attention of a chunk reads the cache up to its end only, so causality saves work
@@ -44,14 +45,23 @@ class OrtCache:
     keys: list[Any]  # arrays whose own memory onnxruntime binds; OrtValues on a GPU
     values: list[Any]
     decode_binding: Any = None  # reused from step to step while the buffers stay the same
+    chosen: Chosen | None = None  # of a tier that chooses weights by its prompt
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
+        return sum(int(buffer.nbytes) for buffer in (*self.keys, *self.values)) + self.chosen_nbytes
+
+    @property
+    def chosen_nbytes(self) -> int:
+        """Bytes of the weights that were gathered for this sequence."""
+        weights = self.chosen.weights.values() if self.chosen else ()
+        return sum(int(value.tensor_size_in_bytes()) for value in weights)
 
 
 class OrtTier:
     """One tier in ONNX Runtime on the CPU."""
+
+    device = "cpu"  # where caches are kept
 
     def __init__(
         self,
@@ -87,20 +97,26 @@ class OrtTier:
 
         def load(path: str, content: bytes) -> Any:
             try:
-                session = ort.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
+                return ort.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises many types; none means anything to a user
                 raise BundleError(
                     f"ONNX Runtime {ort.__version__} cannot load {path}: {str(error).splitlines()[0][:200]} "
                     f"This graph needs opset {manifest.opset}; upgrade onnxruntime or rebuild the bundle."
                 ) from error
-            check_interface(session, manifest, info, path)
-            return session
 
         self._session = load(info.graph, graph)
+        check_interface(self._session, manifest, info, info.graph)
         self._prompt_session: Any = None
         if info.prefill is not None:
             prompt = exact_prefill or bundle.path(info.prefill.graph).read_bytes()
             self._prompt_session = load(info.prefill.graph, prompt)
+            check_interface(self._prompt_session, manifest, info, info.prefill.graph)
+            self._prompt_outputs = frozenset(x.name for x in self._prompt_session.get_outputs())
+        self._selector: Selector | None = None
+        if info.selector is not None:
+            gather = load(info.selector.graph, bundle.path(info.selector.graph).read_bytes())
+            check_selector(self._session, gather, manifest, info)
+            self._selector = Selector(gather, self.device)
         release_memory()  # loading leaves unpacked copies behind: on a 135M model 60 to 90 MB of 330
         self._ort = ort
         self.tier, self._layers, self._context = info.tier, info.layers, manifest.context
@@ -112,8 +128,8 @@ class OrtTier:
         self._value_names = [f"v_cache_{i}" for i in range(count)]
 
     @property
-    def prunes_prefill(self) -> bool:
-        """Whether prompts skip the deepest layers."""
+    def has_prompt_graph(self) -> bool:
+        """Whether prompts run through a graph of their own, all tokens but the last."""
         return self._prompt_session is not None
 
     def new_cache(self) -> OrtCache:
@@ -125,6 +141,8 @@ class OrtTier:
         if cache.tier != self.tier:
             raise ValueError(f"a cache of {cache.tier} was given to {self.tier}; adopt() it first")
         check_room(cache.length, len(tokens), self._context)
+        if self._selector is not None:
+            self._choose(cache, self._selector)
         parts = []
         for start in range(0, len(tokens), PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
@@ -134,7 +152,7 @@ class OrtTier:
 
     def prefill(self, cache: OrtCache, tokens: Sequence[int]) -> Logits:
         """See `TierRunner.prefill`."""
-        skipping = tokens[:-1] if self.prunes_prefill else ()
+        skipping = tokens[:-1] if self.has_prompt_graph else ()
         check_room(cache.length, len(tokens), self._context)
         for start in range(0, len(skipping), PREFILL_CHUNK):
             chunk = skipping[start : start + PREFILL_CHUNK]
@@ -154,6 +172,7 @@ class OrtTier:
         last = len(tokens) - 1
         wanted = {"last": [last], "all": range(last + 1), "none": [last]}[logits]
         binding = self._bind(self._session, cache, tokens)
+        bind_weights(binding, cache)
         binding.bind_cpu_input("logits_index", np.asarray(wanted, dtype=np.int64))
         binding.bind_output("logits")
         self._session.run_with_iobinding(binding)
@@ -163,9 +182,18 @@ class OrtTier:
 
     def _fill(self, cache: OrtCache, tokens: Sequence[int]) -> None:
         """Append tokens of a prompt that skips the deepest layers."""
-        assert self._prompt_session is not None
-        self._prompt_session.run_with_iobinding(self._bind(self._prompt_session, cache, tokens))
+        binding = self._bind(self._prompt_session, cache, tokens)
+        if self._selector is not None:
+            cache.chosen = cache.chosen or self._selector.begin(self._buffer)
+            bind_energies(binding, cache.chosen.energies, self._prompt_outputs, self._shared)
+        self._prompt_session.run_with_iobinding(binding)
         cache.length += len(tokens)
+
+    def _choose(self, cache: OrtCache, selector: Selector) -> None:
+        """Gather the weights of this sequence, unless it has them already."""
+        cache.chosen = cache.chosen or selector.begin(self._buffer)
+        if not cache.chosen.weights:
+            selector.choose(cache.chosen, self._shared)
 
     def _bind(self, session: Any, cache: OrtCache, tokens: Sequence[int]) -> Any:
         """Bind the caches and what every graph reads of tokens that follow them."""
@@ -265,6 +293,7 @@ class _DecodeBinding:
         for name, array in arrays.items():
             binding.bind_ortvalue_input(name, share(array))
         tier._bind_cache(binding, cache)
+        bind_weights(binding, cache)
         binding.bind_ortvalue_output("logits", share(logits))
         return cls(
             binding,
@@ -316,6 +345,12 @@ class OrtPool:
         self._loaded.clear()
 
 
+def bind_weights(binding: Any, cache: OrtCache) -> None:
+    """Bind the weights that were gathered for a sequence, if its tier has any."""
+    for name, value in (cache.chosen.weights if cache.chosen else {}).items():
+        binding.bind_ortvalue_input(name, value)
+
+
 def resident_bytes(info: TierInfo) -> int:
     """Weights a loaded tier holds, those of a prefill graph of its own included."""
     return info.cost.weight_bytes + (info.cost.prefill.weight_bytes if info.cost.prefill else 0)
@@ -345,6 +380,25 @@ def check_interface(session: Any, manifest: Manifest, info: TierInfo, graph: str
         raise BundleError(
             f"{graph} is not the graph that manifest.json describes as {info.tier} (its layers, heads, vocabulary "
             f"or compute type differ). Copy the bundle again, or rebuild it."
+        )
+
+
+def check_selector(decode: Any, gather: Any, manifest: Manifest, info: TierInfo) -> None:
+    """Compare what the gather graph writes with what the decode graph reads, and both with the manifest.
+
+    Raises:
+        BundleError: they differ.
+    """
+    assert info.selector is not None
+    hidden, layers = manifest.model.hidden_size, list(enumerate(info.selector.chosen))
+    expected = {f"{kind}_rows_{i}": [n, hidden] for i, n in layers if n for kind in ("gate", "up", "down")}
+    energies = {f"ffn_energy_{i}": [pool] for i, pool in enumerate(info.selector.pool) if info.selector.chosen[i]}
+    writes = {x.name: list(x.shape) for x in gather.get_outputs()}
+    reads = {x.name: list(x.shape) for x in decode.get_inputs() if "_rows_" in x.name}
+    if not (writes == reads == expected and {x.name: list(x.shape) for x in gather.get_inputs()} == energies):
+        raise BundleError(
+            f"{info.selector.graph} and {info.graph} do not gather and read what manifest.json says of {info.tier}. "
+            "Copy the bundle again, or rebuild it."
         )
 
 

@@ -32,7 +32,7 @@ class OrtGpuCache(OrtCache):
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.tensor_size_in_bytes() for buffer in (*self.keys, *self.values))
+        return sum(int(b.tensor_size_in_bytes()) for b in (*self.keys, *self.values)) + self.chosen_nbytes
 
 
 class OrtGpuTier(OrtTier):
@@ -46,9 +46,9 @@ class OrtGpuTier(OrtTier):
         Raises:
             DeviceError: ONNX Runtime loaded other providers than the first that was asked for.
         """
+        self.device = device
         super().__init__(bundle, info, threads, providers=providers)
         check_providers(self._session.get_providers(), providers, self._ort)
-        self._device = device
 
     def new_cache(self) -> OrtGpuCache:
         """See `TierRunner.new_cache`."""
@@ -72,7 +72,7 @@ class OrtGpuTier(OrtTier):
         return buffer  # an OrtValue already
 
     def _buffer(self, array: Any) -> Any:
-        return self._ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+        return self._ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
 
     def _read(self, buffer: Any) -> Any:
         return buffer.numpy()  # copied to the host's memory
