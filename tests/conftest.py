@@ -60,10 +60,10 @@ def cached_traces() -> Iterator[None]:
     taken: dict[Any, Any] = {}
     trace = export.trace
 
-    def once(config: Any, dialect: Any, dtype: Any, context: int) -> Any:
-        key = (config, dialect.name, dtype, context)
+    def once(config: Any, target: Any, chosen: Any = ()) -> Any:
+        key = (config, target.dialect.name, target.dtype, target.context, tuple(chosen))
         if key not in taken:
-            taken[key] = trace(config, dialect, dtype, context)
+            taken[key] = trace(config, target, chosen)
             gc.freeze()  # the libraries are loaded by now: collections between passes need not look at their objects
         return taken[key].clone()
 

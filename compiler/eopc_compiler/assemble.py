@@ -20,10 +20,12 @@ from eopc_compiler.dialects import Dialect, EagerOps, rotary_tables
 from eopc_compiler.equalize import equalize_layer
 from eopc_compiler.export import WeightTable, row_count, unit_count
 from eopc_compiler.importance import Observations, Report, capture_inputs
-from eopc_compiler.ladder import Mask, UnitOrder, column_cuts, prompt_cost, tier_cost
-from eopc_compiler.model import Block, Llama, Projection, PromptPass
+from eopc_compiler.ladder import Mask, UnitOrder, column_cuts, full_mask, prompt_cost, tier_cost
+from eopc_compiler.model import Block, Llama, Projection
+from eopc_compiler.prompt_pass import Pool, PromptPass
 from eopc_compiler.quantize import Quantized, choose_block, gptq, round_to_nearest, static_scale
 from eopc_compiler.rotate import Rotation, rotate_head, rotate_layer
+from eopc_compiler.selector import ChannelSelector, Selector
 from eopc_compiler.sequences import run_layer
 from eopc_compiler.weights import ColumnMatrix, Entry, RowMatrix, Stored, WeightReader, WeightWriter
 from eopc_runtime.energy import TierCost
@@ -100,12 +102,29 @@ class Storage:
         """Bytes of one value of the compute type: scales, caches, unquantised weights."""
         return {"float32": 4, "float16": 2}[self.dtype]
 
-    def cost(self, config: LlamaConfig, mask: Mask, depth: int | None = None) -> TierCost:
-        """What a tier stored this way costs to run, counted; with `depth`, its prompts run through so many layers."""
+    def cost(
+        self, config: LlamaConfig, mask: Mask, depth: int | None = None, selector: Selector | None = None
+    ) -> TierCost:
+        """What a tier stored this way costs to run, counted.
+
+        Args:
+            depth: layers that its prompts run through; None for all.
+            selector: of channels beside those of the mask, whose weights are gathered in the compute type.
+        """
         cost = tier_cost(config, mask, self.bytes_per_weight, self.value_bytes)
-        if depth is None:
+        if depth is not None:
+            return replace(cost, prefill=prompt_cost(config, mask, depth, self.bytes_per_weight, self.value_bytes))
+        if selector is None:
             return cost
-        return replace(cost, prefill=prompt_cost(config, mask, depth, self.bytes_per_weight, self.value_bytes))
+        chosen = 3 * config.hidden_size * sum(selector.chosen)
+        whole, layers = full_mask(config), len(config.layers)
+        return replace(
+            cost,
+            weight_bytes=cost.weight_bytes + chosen * self.value_bytes,
+            flops_per_token=cost.flops_per_token + 2.0 * chosen,
+            prefill=prompt_cost(config, whole, layers, self.bytes_per_weight, self.value_bytes),
+            gather_bytes=2 * chosen * self.value_bytes,  # read, and written
+        )
 
 
 def write_weights(
@@ -205,11 +224,24 @@ def load_tier(config: LlamaConfig, table: WeightTable, reader: WeightReader, con
 
 
 def load_prompt_pass(
-    config: LlamaConfig, depth: int, table: WeightTable, reader: WeightReader, context: int
+    config: LlamaConfig,
+    depth: int,
+    table: WeightTable,
+    reader: WeightReader,
+    context: int,
+    pools: Sequence[Pool | None] = (),
 ) -> PromptPass:
-    """The same for the pass that fills the cache of prefill-only pruning."""
+    """The same for the pass that fills the cache, and adds up energies of pools."""
     with torch.device("meta"):
-        model = PromptPass(config, depth, context=context)
+        model = PromptPass(config, depth, context=context, pools=pools)
+    _load(model, config, table, reader)
+    return model.eval()
+
+
+def load_selector(config: LlamaConfig, selector: Selector, table: WeightTable, reader: WeightReader) -> ChannelSelector:
+    """The same for what gathers chosen channels."""
+    with torch.device("meta"):
+        model = ChannelSelector(config, selector, torch.float32)
     _load(model, config, table, reader)
     return model.eval()
 

@@ -16,8 +16,6 @@ External data is named "weights.bin", relative to the bundle's root: loaders pas
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,12 +23,12 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
-from torch import Tensor, nn
 
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import Dialect
-from eopc_compiler.model import Llama, PromptPass
+from eopc_compiler.prompt_pass import Pool
+from eopc_compiler.selector import Selector
+from eopc_compiler.tracing import Target, trace, trace_prompt_pass, trace_selector
 from eopc_compiler.weights import ColumnMatrix, Entry, Piece, RowMatrix, Stored
 
 DTYPES = {
@@ -89,130 +87,44 @@ def _stored_or_none(fields: dict[str, Any] | None) -> Stored | None:
 
 
 def export_tier(
-    config: LlamaConfig, dialect: Dialect, table: WeightTable, dtype: str, context: int, path: Path
+    config: LlamaConfig, target: Target, table: WeightTable, path: Path, chosen: Sequence[int] = ()
 ) -> None:
     """Write a tier's graph.
 
     Args:
         config: of the sliced model.
-        dtype: compute type of activations and caches, float32 or float16.
-        context: positions the rotary tables hold.
         path: the .onnx file to write; its weights stay in weights.bin.
+        chosen: per layer, FFN channels whose weights are inputs; empty for none.
     """
-    _write(trace(config, dialect, getattr(torch, dtype), context), config, dialect, table, path)
+    _write(trace(config, target, chosen), config, target, table, path)
 
 
 def export_prompt_pass(
-    config: LlamaConfig, depth: int, dialect: Dialect, table: WeightTable, dtype: str, context: int, path: Path
+    config: LlamaConfig,
+    depth: int,
+    target: Target,
+    table: WeightTable,
+    path: Path,
+    pools: Sequence[Pool | None] = (),
 ) -> None:
-    """Write the prefill graph of prefill-only pruning: the first `depth` layers, then only keys and values.
+    """Write the graph that fills a cache: the first `depth` layers, then only keys and values.
 
     Args:
         table: has `self_attn.kv_proj` of the skipped layers (`extras.key_value_entries`).
+        pools: per layer, FFN channels whose energies are added up; empty for none.
     """
-    model = trace_prompt_pass(config, depth, dialect, getattr(torch, dtype), context)
-    _write(model, config, dialect, table, path)
+    _write(trace_prompt_pass(config, depth, target, pools), config, target, table, path)
 
 
-def _write(model: ir.Model, config: LlamaConfig, dialect: Dialect, table: WeightTable, path: Path) -> None:
-    attach_weights(model, config, dialect, table)
+def export_selector(config: LlamaConfig, selector: Selector, target: Target, table: WeightTable, path: Path) -> None:
+    """Write the graph that gathers the chosen channels' weights; `table` has what `extras.selector_entries` wrote."""
+    _write(trace_selector(config, selector, target), config, target, table, path)
+
+
+def _write(model: ir.Model, config: LlamaConfig, target: Target, table: WeightTable, path: Path) -> None:
+    attach_weights(model, config, target.dialect, table)
     path.parent.mkdir(parents=True, exist_ok=True)
     ir.save(model, path)
-
-
-def trace(config: LlamaConfig, dialect: Dialect, dtype: torch.dtype, context: int) -> ir.Model:
-    """The graph of one tier, opset and operators as the dialect says, initializers without meaningful values."""
-    with torch.device("meta"):
-        llama = Llama(config, dialect.ops, context).to(dtype).fuse()
-    return _trace(_Traced(llama), config, dialect, dtype, logits=True)
-
-
-def trace_prompt_pass(config: LlamaConfig, depth: int, dialect: Dialect, dtype: torch.dtype, context: int) -> ir.Model:
-    """The graph that fills a cache and runs only `depth` layers, initializers without meaningful values."""
-    with torch.device("meta"):
-        prompt = PromptPass(config, depth, dialect.ops, context).to(dtype)
-    return _trace(_TracedPrompt(prompt), config, dialect, dtype, logits=False)
-
-
-def _trace(module: nn.Module, config: LlamaConfig, dialect: Dialect, dtype: torch.dtype, logits: bool) -> ir.Model:
-    """Trace a module on the meta device; its inputs are those of every graph of a bundle."""
-    module = module.to_empty(device="cpu")  # address space, not memory: its pages stay untouched
-    for i, tensor in enumerate((*module.parameters(), *module.buffers())):
-        # the optimizer merges small initializers of equal bytes, and fresh memory is often zero throughout
-        tensor.data.view(-1)[0] = i
-    count, length, capacity = len(config.layers), 7, 32  # any sizes but 0 and 1, which tracing would specialise
-    caches = [  # one tensor each: torch.export merges inputs that are the same object
-        torch.zeros(1, d.num_key_value_heads, capacity, config.head_dim, dtype=dtype)
-        for d in (*config.layers, *config.layers)
-    ]
-    s, t, n = (torch.export.Dim(name, min=low) for name, low in (("seq", 1), ("cache_len", 2), ("n_logits", 1)))
-    inputs = {
-        "input_ids": (torch.zeros(1, length, dtype=torch.long), {1: s}),
-        "position_ids": (torch.arange(length)[None], {1: s}),
-        "write_index": (torch.zeros(1, dtype=torch.long), {}),
-        "attn_mask": (torch.zeros(1, 1, length, capacity, dtype=dtype), {2: s, 3: t}),
-        **({"logits_index": (torch.zeros(3, dtype=torch.long), {0: n})} if logits else {}),
-        "caches": (caches, [{2: t}] * len(caches)),
-    }
-    cache_names = [f"{kind}_cache_{i}" for kind in "kv" for i in range(count)]
-    with warnings.catch_warnings(), torch.no_grad(), _quiet_logger():
-        warnings.simplefilter("ignore")  # the exporter's notes on axis names and missing torchvision
-        program = torch.onnx.export(
-            module,
-            tuple(value for value, _ in inputs.values()),
-            dynamo=True,
-            dynamic_shapes=tuple(shape for _, shape in inputs.values()),
-            opset_version=dialect.opset,
-            input_names=[*list(inputs)[:-1], *cache_names],
-            output_names=[*(["logits"] if logits else []), *(f"{name}_out" for name in cache_names)],
-            optimize=False,
-            verbose=False,
-        )
-        assert program is not None
-        program.optimize()
-    model: ir.Model = program.model
-    model.metadata_props.clear()
-    for node in model.graph:
-        node.metadata_props.clear()  # stack traces: machine paths do not belong in a bundle
-    return model
-
-
-class _Traced(nn.Module):
-    """The model with its caches as one flat list: keys of all layers, then values."""
-
-    def __init__(self, llama: Llama) -> None:
-        super().__init__()
-        self.llama = llama
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        write_index: Tensor,
-        attn_mask: Tensor,
-        logits_index: Tensor,
-        caches: list[Tensor],
-    ) -> tuple[Tensor, ...]:
-        half = len(caches) // 2
-        logits, keys, values = self.llama(
-            input_ids, position_ids, write_index, attn_mask, logits_index, caches[:half], caches[half:]
-        )
-        return (logits, *keys, *values)
-
-
-class _TracedPrompt(nn.Module):
-    """The same for the pass that only fills the cache."""
-
-    def __init__(self, prompt: PromptPass) -> None:
-        super().__init__()
-        self.llama = prompt
-
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, write_index: Tensor, attn_mask: Tensor, caches: list[Tensor]
-    ) -> tuple[Tensor, ...]:
-        half = len(caches) // 2
-        keys, values = self.llama(input_ids, position_ids, write_index, attn_mask, caches[:half], caches[half:])
-        return (*keys, *values)
 
 
 def attach_weights(model: ir.Model, config: LlamaConfig, dialect: Dialect, table: WeightTable) -> None:
@@ -372,15 +284,3 @@ def row_count(name: str, dims: LayerDims, entry: RowMatrix) -> int:
     if "down_proj" in name:
         return dims.intermediate_size
     return dims.num_key_value_heads * entry.rows_per_unit
-
-
-class _quiet_logger:  # noqa: N801  # reads as a statement
-    """Silences the exporter's registration warnings for its duration."""
-
-    def __enter__(self) -> None:
-        self._logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.setLevel(self._level)

@@ -21,7 +21,10 @@ from eopc_compiler.export import WeightTable
 from eopc_compiler.handover import Repaired, Round
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask, full_mask
+from eopc_compiler.model import Llama
 from eopc_compiler.quantize import Quantized, gptq
+from eopc_compiler.selector import Selector
+from eopc_compiler.selector_fit import FittedChannels
 from eopc_compiler.weights import ColumnMatrix, Entry, Piece, WeightReader, WeightWriter
 
 EXTRAS_FILE = "extras.bin"
@@ -61,6 +64,34 @@ class TierExtras:
         """The same for a tier whose prompts skip the layers from `depth` on."""
         with WeightWriter(folder / EXTRAS_FILE, name) as writer:
             entries = key_value_entries(writer, table, reader, config, depth)
+        _write_table(folder, entries, writer)
+
+    @classmethod
+    def write_selector(
+        cls,
+        folder: Path,
+        name: str,
+        model: Llama,
+        selector: Selector,
+        fitted: Sequence[FittedChannels],
+        storage: Storage,
+    ) -> None:
+        """The same for a tier that chooses channels: its own down_proj, and pools as rows that can be gathered."""
+        entries = dict[str, Entry]()
+        with WeightWriter(folder / EXTRAS_FILE, name) as writer:
+            for i, (layer, own) in enumerate(zip(model.blocks, fitted, strict=True)):
+                owner, core, pool = f"model.layers.{i}.mlp", selector.core[i], selector.pools.get(i)
+                entries[f"{owner}.down_proj.bias"] = writer.tensor(own.bias, storage.dtype)
+                if core:
+                    entries[f"{owner}.down_proj.weight"] = writer.rows(own.core, storage.dtype)
+                if pool is None:
+                    continue
+                for leaf, whole in (("gate", layer.mlp.gate_proj), ("up", layer.mlp.up_proj)):
+                    rows = whole.weight[:, core : core + pool.size].t().contiguous()
+                    entries[f"{owner}.pool.{leaf}_rows"] = writer.tensor(rows, storage.dtype)
+                entries[f"{owner}.pool.down_rows"] = writer.tensor(own.pool, storage.dtype)
+                for leaf, value in (("prior", own.prior), ("weight", own.weight)):
+                    entries[f"{owner}.pool.{leaf}"] = writer.tensor(value, "float32")
         _write_table(folder, entries, writer)
 
     @classmethod

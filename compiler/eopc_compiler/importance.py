@@ -148,8 +148,9 @@ def _removals(
     at_once: int,
 ) -> Removals:
     """The order in which the units that feed a map would go, all but the last ones."""
-    covariance = sum_moments(batches, inputs).moments().covariance
-    return obs_removals(output.weight, covariance, metric, output.weight.shape[1] // units, count, at_once)
+    moments = sum_moments(batches, inputs).moments()
+    width = output.weight.shape[1] // units
+    return obs_removals(output.weight, moments.covariance, metric, width, count, at_once, damping=moments.damping)
 
 
 def _order(removals: Removals, units: int) -> tuple[int, ...]:

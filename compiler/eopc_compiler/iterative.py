@@ -39,7 +39,6 @@ from eopc_compiler.pruned import Choice, KeptLayer, unit_columns
 from eopc_compiler.sensitivity import LayerMetrics, metric_windows, output_metrics
 from eopc_compiler.sequences import add_output, attention_inputs, ffn_inputs
 from eopc_compiler.surgery import (
-    DAMPING,
     Moments,
     MomentSums,
     Removals,
@@ -70,7 +69,7 @@ class Settings:
     use_metric: bool = True  # Fisher information; else squared error relative to the layer's output
     within: bool = False  # V_within in place of V_total
     targets: tuple[LayerDims, ...] | None = None  # what every layer keeps in the end; None: by loss added and cost
-    damping: float = DAMPING
+    damping: float | None = None  # of the ridge; None: by the text there is (surgery.RIDGE_TOKENS)
     pull: float = 0.5  # share of the error of all layers below that a re-fitted map makes up for, in the last step
     pull_damping: float = 0.1
     seed: int = 0
@@ -292,8 +291,8 @@ class _Run:
         width = weight.shape[1] // self.layers[index].units[kind]
         if self.settings.importance == "wifv":
             return wifv_removals(weight, moments.covariance, metric, width, count)
-        damping, at_once = self.settings.damping, self.units[kind]
-        return obs_removals(weight, moments.covariance, metric, width, count, at_once, damping)
+        damping = moments.damping if self.settings.damping is None else self.settings.damping
+        return obs_removals(weight, moments.covariance, metric, width, count, self.units[kind], damping=damping)
 
     def _sums(self, key: Key, windows: Sequence[Batch], inputs: list[Tensor]) -> MomentSums:
         """Sums over a map's inputs, with those of earlier sweeps."""
@@ -307,7 +306,7 @@ class _Run:
         """Moments of a map's inputs against the dense map's output of them."""
         seen, weight = sums.moments(self.settings.within), dense.weight.double()
         mean = weight @ seen.mean if dense.bias is None else weight @ seen.mean + dense.bias.double()
-        return Moments(seen.mean, seen.covariance, mean, weight @ seen.covariance)
+        return Moments(seen.mean, seen.covariance, mean, weight @ seen.covariance, seen.rows)
 
     def _inputs(self, model: Llama, index: int, kind: Kind, x: Tensor) -> Tensor:
         """What o_proj or down_proj of a block reads."""

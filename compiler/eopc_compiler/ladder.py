@@ -34,6 +34,11 @@ class Mask:
 
     layers: tuple[LayerDims, ...]
 
+    def widened(self, channels: Sequence[int]) -> Mask:
+        """The mask with so many more FFN channels, per layer."""
+        pairs = zip(self.layers, channels, strict=True)
+        return Mask(tuple(replace(d, intermediate_size=d.intermediate_size + n) for d, n in pairs))
+
     def nested_in(self, above: Mask) -> bool:
         """Whether every layer, group and channel kept here is kept by `above`."""
         upper = {d.source_layer: d for d in above.layers}

@@ -5,8 +5,6 @@ Two visible entry points, both built on `Llama.forward`:
 * `prefill(model, ids)` runs a whole prompt into a fresh cache and returns the logits of its last position;
 * `decode(model, cache, token)` runs one token against the cache.
 
-`PromptPass` is the prefill of prefill-only pruning (POP), a graph of its own: it fills the cache and has no logits.
-
 A model is either in *checkpoint form* (q_proj, k_proj, v_proj, gate_proj, up_proj as Hugging Face stores them) or,
 after `fuse()`, in *deployment form*: q, k and v merged into qkv_proj, every matrix stored [in, out] so that the units a
 tier keeps are rows (o_proj, down_proj) or columns (qkv_proj, gate_proj, up_proj), and 1/sqrt(head_dim) folded into the
@@ -91,14 +89,15 @@ class Llama(nn.Module):
         logits_index: Tensor,  # [N]: positions in S whose logits are wanted
         keys: list[Tensor],  # per layer [1, kv_heads, T, head_dim]
         values: list[Tensor],
+        rows: Rows = (),  # per layer: channels that were chosen for this sequence
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Return logits [1, N, vocab] in fp32 and the written caches."""
         rotary = Rotary(self.get_buffer("cos"), self.get_buffer("sin"), position_ids)
-        hidden, keys, values = self.model(input_ids, rotary, write_index, attn_mask, logits_index, keys, values)
+        hidden, keys, values = self.model(input_ids, rotary, write_index, attn_mask, logits_index, keys, values, rows)
         return self.lm_head(hidden).float(), keys, values
 
     @torch.no_grad()
-    def step(self, cache: Cache, ids: Sequence[int]) -> Tensor:
+    def step(self, cache: Cache, ids: Sequence[int], rows: Rows = ()) -> Tensor:
         """Append `ids` to the cache in place and return the logits of all of them, [len(ids), vocab]."""
         n, start = len(ids), cache.length
         positions = torch.arange(start, start + n)
@@ -111,6 +110,7 @@ class Llama(nn.Module):
             torch.arange(n),
             cache.keys,
             cache.values,
+            rows,
         )
         cache.length += n
         return logits[0]  # type: ignore[no-any-return]
@@ -163,6 +163,7 @@ class Decoder(nn.Module):
         logits_index: Tensor,
         keys: list[Tensor],
         values: list[Tensor],
+        rows: Rows = (),
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         x = self.embed_tokens(input_ids)  # [1, S, hidden]
         keys, values = list(keys), list(values)
@@ -170,8 +171,9 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.layers):
             # Of positions whose logits are not wanted, the last layer has only K and V to give. Not where it is the
             # first: ONNX Runtime 1.32 moves the embedding's DequantizeLinear behind a Gather, with the wrong scales.
-            rows = logits_index if i == last > 0 else None
-            x, keys[i], values[i] = layer(x, rotary, write_index, attn_mask, keys[i], values[i], rows)
+            wanted = logits_index if i == last > 0 else None
+            chosen = rows[i] if rows else None
+            x, keys[i], values[i] = layer(x, rotary, write_index, attn_mask, keys[i], values[i], wanted, chosen)
         return self.norm(x if last else torch.index_select(x, 1, logits_index)), keys, values
 
 
@@ -199,18 +201,38 @@ class Block(nn.Module):
         mask: Tensor,
         key: Tensor,
         value: Tensor,
-        rows: Tensor | None = None,
+        wanted: Tensor | None = None,
+        rows: ChannelRows | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run x [B, S, hidden]; with `rows` [N], keys and values of all positions are written, and N of them go on."""
+        """Run x [B, S, hidden]; with `wanted` [N], keys and values of all positions are written, and N go on."""
+        x, key, value = self.attend(x, rotary, write_index, mask, key, value, wanted)
+        return self.feed_forward(x, rows), key, value
+
+    def attend(
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        write_index: Tensor,
+        mask: Tensor,
+        key: Tensor,
+        value: Tensor,
+        wanted: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The attention half of `forward`."""
         normed = self.input_layernorm(x) if self.self_attn.kv_heads else x
-        if rows is not None:
-            x = torch.index_select(x, 1, rows)
+        if wanted is not None:
+            x = torch.index_select(x, 1, wanted)
         if self.self_attn.kv_heads:
-            attended, key, value = self.self_attn(normed, rotary, write_index, mask, key, value, rows)
+            attended, key, value = self.self_attn(normed, rotary, write_index, mask, key, value, wanted)
             x = x + attended
-        if self.mlp.width:
-            x = x + self.mlp(self.post_attention_layernorm(x))
         return x, key, value
+
+    def feed_forward(self, x: Tensor, rows: ChannelRows | None = None) -> Tensor:
+        """The FFN half of `forward`."""
+        if not self.mlp.width and rows is None:
+            return x
+        added: Tensor = self.mlp(self.post_attention_layernorm(x), rows)
+        return x + added
 
 
 class Attention(nn.Module):
@@ -243,13 +265,13 @@ class Attention(nn.Module):
         mask: Tensor,
         key: Tensor,
         value: Tensor,
-        rows: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, scale = self.project(x, rotary)
         key = self.ops.write_cache(key, k, write_index)
         value = self.ops.write_cache(value, v, write_index)
-        if rows is not None:
-            q, mask = torch.index_select(q, 2, rows), torch.index_select(mask, 2, rows)
+        if wanted is not None:
+            q, mask = torch.index_select(q, 2, wanted), torch.index_select(mask, 2, wanted)
         out = self.ops.attention(q, key, value, mask, scale)  # [B, q_heads, S or N, head_dim]
         return self.o_proj(out.transpose(1, 2).flatten(2)), key, value
 
@@ -267,8 +289,12 @@ class Attention(nn.Module):
         return q, k, v, scale
 
 
+ChannelRows = tuple[Tensor, Tensor, Tensor]  # gate, up and down of some FFN channels, [n, hidden] each
+Rows = Sequence[ChannelRows | None]  # per layer; empty where nothing is chosen
+
+
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate) * up)."""
+    """SwiGLU: down(silu(gate) * up), over its own channels and those that are given."""
 
     def __init__(self, config: LlamaConfig, dims: LayerDims) -> None:
         super().__init__()
@@ -281,88 +307,22 @@ class FeedForward(nn.Module):
         for projection in (self.gate_proj, self.up_proj, self.down_proj):
             projection.fuse()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.hidden(x))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, rows: ChannelRows | None = None) -> Tensor:
+        own: Tensor = self.down_proj(self.hidden(x))
+        if rows is None:
+            return own
+        gate, up, down = rows
+        return own + torch.matmul(swiglu(torch.matmul(x, gate.t()), torch.matmul(x, up.t())), down)
 
     def hidden(self, x: Tensor) -> Tensor:
         """What down_proj reads, [..., width]."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        product: Tensor = gate * torch.sigmoid(gate) * up
-        return product
+        return swiglu(self.gate_proj(x), self.up_proj(x))
 
 
-class PromptPass(nn.Module):
-    """Writes a prompt's keys and values and runs only the first `depth` layers (POP, arXiv 2602.03295); no logits.
-
-    Every later layer writes keys and values of what enters layer `depth`, through its own norm and projections. In
-    deployment form only; tensors are named as in `Llama`, but for `self_attn.kv_proj` of the layers that are skipped.
-    """
-
-    def __init__(self, config: LlamaConfig, depth: int, ops: Ops | None = None, context: int = 2048) -> None:
-        super().__init__()
-        self.config, self.depth = config, depth
-        ops = ops or EagerOps()
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        run = [Block(config, dims, ops).fuse() for dims in config.layers[:depth]]
-        self.model.layers = nn.ModuleList([*run, *(SkippedBlock(config, dims, ops) for dims in config.layers[depth:])])
-        cos, sin = rotary_tables(config, min(context, config.max_position_embeddings))
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        write_index: Tensor,
-        attn_mask: Tensor,
-        keys: list[Tensor],
-        values: list[Tensor],
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the written caches; arguments as those of `Llama.forward`."""
-        rotary = Rotary(self.get_buffer("cos"), self.get_buffer("sin"), position_ids)
-        x = cast(nn.Embedding, self.model.embed_tokens)(input_ids)
-        keys, values = list(keys), list(values)
-        for i, layer in enumerate(cast(nn.ModuleList, self.model.layers)):
-            if i < self.depth:
-                x, keys[i], values[i] = layer(x, rotary, write_index, attn_mask, keys[i], values[i])
-            else:
-                keys[i], values[i] = layer(x, rotary, write_index, keys[i], values[i])
-        return keys, values
-
-    @torch.no_grad()
-    def fill(self, cache: Cache, ids: Sequence[int]) -> None:
-        """Append `ids` to the cache in place."""
-        positions = torch.arange(cache.length, cache.length + len(ids))
-        mask = causal_mask(positions, cache.capacity, cache.keys[0].dtype)
-        start = torch.tensor([cache.length])
-        cache.keys, cache.values = self(
-            torch.tensor([list(ids)]), positions[None], start, mask, cache.keys, cache.values
-        )
-        cache.length += len(ids)
-
-
-class SkippedBlock(nn.Module):
-    """What is left of a decoder layer that a prompt skips: keys and values of its input."""
-
-    def __init__(self, config: LlamaConfig, dims: LayerDims, ops: Ops) -> None:
-        super().__init__()
-        self.ops, self.head_dim, self.kv_heads = ops, config.head_dim, dims.num_key_value_heads
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
-        width = 2 * self.kv_heads * self.head_dim
-        self.self_attn = nn.Module()
-        self.self_attn.kv_proj = Projection(config.hidden_size, width, config.attention_bias).fuse()
-
-    def forward(
-        self, x: Tensor, rotary: Rotary, write_index: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if not self.kv_heads:
-            return key, value
-        batch, length, _ = x.shape
-        kv = cast(Projection, self.self_attn.kv_proj)(self.input_layernorm(x))
-        k, v = kv.view(batch, length, 2 * self.kv_heads, self.head_dim).transpose(1, 2).chunk(2, 1)
-        k = self.ops.rotary(k, rotary.cos, rotary.sin, rotary.position_ids)
-        return self.ops.write_cache(key, k, write_index), self.ops.write_cache(value, v, write_index)
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    product: Tensor = gate * torch.sigmoid(gate) * up
+    return product
 
 
 class RMSNorm(nn.Module):

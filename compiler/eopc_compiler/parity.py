@@ -19,7 +19,9 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from eopc_compiler.model import Cache, Llama, Projection, PromptPass
+from eopc_compiler.model import Cache, Llama, Projection
+from eopc_compiler.prompt_pass import PromptPass
+from eopc_compiler.selector import ChannelSelector
 from eopc_runtime.bundle import Bundle, TierInfo
 from eopc_runtime.errors import ParityError
 from eopc_runtime.memory import release_memory
@@ -32,12 +34,13 @@ PROMPT = 48
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reference:
-    """A tier in PyTorch: the model, and the pass its prompts run through where that is another one."""
+    """A tier in PyTorch: the model, the pass its prompts run through where that is another one, what that chooses."""
 
     model: Llama
     prompt: PromptPass | None = None
+    selector: ChannelSelector | None = None
 
     def logits(self, tokens: list[int]) -> npt.NDArray[np.float32]:
         """Logits [len(tokens), vocab] of a sequence; behind a pruned prompt, only from its last token on."""
@@ -45,8 +48,9 @@ class Reference:
             if self.prompt is None:
                 return self.model.score(torch.tensor([tokens]))[0].numpy()
             cache = Cache.empty(self.model.config, len(tokens), torch.float32)
-            self.prompt.fill(cache, tokens[: PROMPT - 1])
-            return self.model.step(cache, tokens[PROMPT - 1 :]).numpy()
+            energies = self.prompt.fill(cache, tokens[: PROMPT - 1])
+            rows = self.selector(energies) if self.selector else ()
+            return self.model.step(cache, tokens[PROMPT - 1 :], rows).numpy()
 
     def unround(self) -> None:
         """Leave inputs as they are from now on."""

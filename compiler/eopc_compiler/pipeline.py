@@ -14,25 +14,24 @@ from pathlib import Path
 from statistics import fmean as mean
 from typing import Literal
 
-import torch
-
 from eopc_compiler.board.rules import lists_for, require_allowed
 from eopc_compiler.board.tensorrt_graph import outline_for_tensorrt
 from eopc_compiler.calibration import CalibrationSet, Split, build_calibration, read_mixture, select_calibration
 from eopc_compiler.checkpoint import open_checkpoint, with_tensors
-from eopc_compiler.config import LlamaConfig
 from eopc_compiler.dialects import DIALECTS
-from eopc_compiler.export import WeightTable, export_prompt_pass, export_tier
 from eopc_compiler.extras import EXTRAS_FILE, TierExtras
 from eopc_compiler.handover import ContinuationLoss
-from eopc_compiler.importance import Report, observe
+from eopc_compiler.importance import observe
 from eopc_compiler.ladder import Mask, full_mask, read_masks, tier_config
 from eopc_compiler.observations_file import load_observations, save_observations
 from eopc_compiler.planner import Objective, TierPlan, plan_ladder, plan_masks
 from eopc_compiler.prefill_planner import Behind, depths_to_try, plan_prefill
-from eopc_compiler.pricing import must_prune, plan_energy, reference_energy, storage_for
+from eopc_compiler.pricing import must_prune, plan_energy, reference_energy, selector_energy, storage_for
 from eopc_compiler.proxies import compile_proxies
 from eopc_compiler.recover import RECOVERY_TOKENS, RecoverSettings, recover_ladder, training_windows
+from eopc_compiler.selector import Selector
+from eopc_compiler.selector_fit import domain_mean, selected_losses
+from eopc_compiler.selector_planner import Choosing, plan_selectors
 from eopc_compiler.sequences import mean_loss
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_plan
 from eopc_compiler.state import CompileState, PrecisionTrial
@@ -40,11 +39,13 @@ from eopc_compiler.stored_model import (
     added_loss,
     dense_model,
     deployed_model,
+    fit,
     read_table,
     repair,
     repair_inputs,
     stored_weights,
 )
+from eopc_compiler.tier_graphs import tier_path, write_graphs
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
 from eopc_runtime import __version__
 from eopc_runtime.errors import DeviceError, UsageError
@@ -199,6 +200,7 @@ def plan_tiers(state: CompileState) -> CompileState:
         "halves_j": price(Mask(full.layers[::2])),
         "search_seconds": state.args.search_seconds,
         "prefill_depth": state.args.prefill_depth,
+        "selectors": state.args.selectors,
         "seed": state.args.seed,
     }
 
@@ -229,6 +231,16 @@ def plan_tiers(state: CompileState) -> CompileState:
         depths = {d: behind(d) for d in prefill_depths(args.prefill_depth, len(full.layers))}
         asked = isinstance(args.prefill_depth, int)
         tiers = plan_prefill(tiers, depths, state.observations.curves, state.align, state.say, asked)
+
+        def chosen_loss(selector: Selector) -> float:
+            count = state.counter("fitting a choosing tier")
+            fitted = fit(state, model, selector, FINALIST_WINDOWS, count)
+            return domain_mean(text, selected_losses(model, selector, fitted, text, args.prompt_part))
+
+        if args.selectors == "on" or (args.selectors == "auto" and storage.bits is None):
+            choosing = Choosing(lambda core, selector: selector_energy(state, core, storage, selector), chosen_loss)
+            always = args.selectors == "on"
+            tiers = plan_selectors(tiers, choosing, state.observations.curves, state.align, state.say, always)
         path.write_text(json.dumps([asdict(t) for t in tiers]), encoding="utf-8")
 
     path = state.cache.get("plan", inputs, ".json", produce)
@@ -300,32 +312,29 @@ def repair_tiers(state: CompileState) -> CompileState:
     model = lru_cache(lambda: deployed_model(state, storage))  # once, and only if some tier is not in the cache
     extras: list[TierExtras] = [TierExtras.none()]
     for index, tier in enumerate(state.plan[1:], start=1):
-        name = f"tiers/t{index}/{EXTRAS_FILE}"
-        depth = state.plan[tier.prefill].depth
+        name = tier_path(index, EXTRAS_FILE)
         inputs = {
             **repair_inputs(state),
             "mask": asdict(tier.mask),
-            "depths": [tier.depth, depth],
+            "depths": [tier.depth, state.plan[tier.prefill].depth],
+            "selector": asdict(tier.selector) if tier.selector else None,
             "file": name,
             "weights": weights.parent.name,
         }
-        report = state.counter(f"repairing t{index}")
 
-        def produce(
-            path: Path,
-            tier: TierPlan = tier,
-            depth: int | None = depth,
-            name: str = name,
-            report: Report = report,
-        ) -> None:
-            assert state.table
+        def produce(path: Path, tier: TierPlan = tier, name: str = name, index: int = index) -> None:
             path.mkdir()
-            if tier.depth is None:
-                _, repaired = repair(state, model(), tier.mask, report=report, depth=depth)
-                TierExtras.write(path, name, repaired, storage)
-            else:
+            report = state.counter(f"repairing t{index}")
+            if tier.depth is not None:
+                assert state.table
                 config = tier_config(state.config, tier.mask)
                 TierExtras.write_keys_and_values(path, name, state.table, WeightReader(weights), config, tier.depth)
+            elif tier.selector is not None:
+                fitted = fit(state, model(), tier.selector, report=report)
+                TierExtras.write_selector(path, name, model(), tier.selector, fitted, storage)
+            else:
+                depth = state.plan[tier.prefill].depth
+                TierExtras.write(path, name, repair(state, model(), tier.mask, None, report, depth)[1], storage)
             release_memory()
 
         if tier.depth is None:
@@ -338,42 +347,12 @@ def repair_tiers(state: CompileState) -> CompileState:
 
 
 def export_graphs(state: CompileState) -> CompileState:
-    """Trace and write every tier's graph."""
-    assert state.dialect and state.storage and state.table and state.weights
-    graphs, prompt_graphs = list[Path](), dict[int, Path]()
-    for index, tier in enumerate(state.plan):
-        extras = state.extras[index]
-        config, table = extras.config(tier_config(state.config, tier.mask)), state.table.with_extras(extras.table)
-        inputs = {
-            "version": __version__,
-            "torch": torch.__version__,
-            "config": asdict(config),
-            "depth": tier.depth,
-            "dialect": state.dialect.name,
-            "dtype": state.storage.dtype,
-            "weights": state.weights.parent.name,
-            "extras": extras.table.to_json(),
-            "context": state.args.context,
-        }
-
-        def produce(
-            path: Path, config: LlamaConfig = config, table: WeightTable = table, depth: int | None = tier.depth
-        ) -> None:
-            assert state.dialect and state.storage
-            dialect, dtype, context = state.dialect, state.storage.dtype, state.args.context
-            if depth is None:
-                export_tier(config, dialect, table, dtype, context, path)
-            else:
-                export_prompt_pass(config, depth, dialect, table, dtype, context, path)
-
+    """Trace and write every tier's graphs."""
+    assert state.dialect
+    for index in range(len(state.plan)):
         state.say(f"exporting t{index} of t0..t{len(state.plan) - 1} ({state.dialect.name} dialect)")
-        graph = state.cache.get(f"graph-t{index}", inputs, ".onnx", produce)
-        if tier.depth is None:
-            graphs.append(graph)
-        else:  # it keeps everything: its answers run the graph of t0
-            prompt_graphs[index] = graph
-            graphs.append(graphs[0])
-    return replace(state, graphs=tuple(graphs), prompt_graphs=prompt_graphs)
+        state = replace(state, graphs=(*state.graphs, write_graphs(state, index)))
+    return state
 
 
 def check_operators(state: CompileState) -> CompileState:
@@ -384,8 +363,9 @@ def check_operators(state: CompileState) -> CompileState:
     """
     assert state.dialect
     if lists := lists_for(state.profile.name, state.dialect.name):
-        for index, graph in [*enumerate(state.graphs), *state.prompt_graphs.items()]:
-            require_allowed(outline_for_tensorrt(graph, state.args.context), lists, f"t{index}")
+        for index, graphs in enumerate(state.graphs):
+            for graph in graphs.in_bundle(index).values():
+                require_allowed(outline_for_tensorrt(graph, state.args.context), lists, f"t{index}")
     return state
 
 

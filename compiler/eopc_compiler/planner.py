@@ -21,6 +21,7 @@ from eopc_compiler.allocate import Curve, Key, allocate
 from eopc_compiler.config import LayerDims
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
+from eopc_compiler.selector import Selector
 from eopc_runtime.errors import BudgetError
 from eopc_runtime.units import format_energy
 
@@ -44,12 +45,29 @@ class TierPlan:
     evaluations: int = 0
     prefill: int = 0  # the tier that runs the prompts in the plan this one is priced and repaired for
     depth: int | None = None  # layers that prompts run through on this tier; None: all
+    selector: Selector | None = None  # channels beside those of the mask, chosen by the prompt
+
+    @property
+    def fills(self) -> bool:
+        """Whether prompts run through a graph of their own."""
+        return self.depth is not None or self.selector is not None
+
+    @property
+    def run(self) -> Mask:
+        """What an answer runs: the mask, and what the prompt has chosen."""
+        return self.mask if self.selector is None else self.mask.widened(self.selector.chosen)
+
+    @property
+    def reach(self) -> Mask:
+        """What it may run: the mask, and all that can be chosen."""
+        return self.mask if self.selector is None else self.mask.widened(self.selector.pool)
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> TierPlan:
         """Read what `dataclasses.asdict` and JSON made of a plan."""
         mask = Mask(tuple(LayerDims(**d) for d in row["mask"]["layers"]))
-        return cls(**{**row, "mask": mask, "considered": tuple(row["considered"])})
+        selector = row["selector"] and Selector(*(tuple(row["selector"][k]) for k in ("core", "pool", "chosen")))
+        return cls(**{**row, "mask": mask, "considered": tuple(row["considered"]), "selector": selector})
 
 
 @dataclass(frozen=True, slots=True)

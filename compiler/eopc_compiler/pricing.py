@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from eopc_compiler.assemble import Storage
 from eopc_compiler.ladder import Mask, full_mask
+from eopc_compiler.selector import Selector
 from eopc_compiler.state import CompileState
 from eopc_runtime.cpu_features import int8_products_overflow
 from eopc_runtime.energy import prior_energy, prior_table
@@ -50,3 +51,10 @@ def plan_energy(state: CompileState, mask: Mask, storage: Storage, depth: int | 
     whole = storage.cost(state.config, full_mask(state.config), depth)
     table = prior_table(state.profile, {"t0": whole, "t1": storage.cost(state.config, mask)}, storage.precision, 0.0)
     return table.plan_price_j(0, 1, work.prompt_tokens, work.new_tokens)
+
+
+def selector_energy(state: CompileState, core: Mask, storage: Storage, selector: Selector) -> float:
+    """The same of a tier that chooses channels: it reads its own prompts, through the whole model, and gathers."""
+    work = state.args.workload
+    energy = prior_energy(state.profile, "t0", storage.cost(state.config, core, None, selector), storage.precision)
+    return energy.sequence_j(work.prompt_tokens, work.new_tokens)

@@ -11,18 +11,19 @@ import json
 import math
 import os
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from eopc_compiler.assemble import load_prompt_pass, load_tier
+from eopc_compiler.assemble import load_prompt_pass, load_selector, load_tier
 from eopc_compiler.importance import Report
 from eopc_compiler.ladder import keep_shares, mask_to_json, parameter_count, tier_config
 from eopc_compiler.parity import PROMPT, STEPS, Reference, check_parity
-from eopc_compiler.planner import TierPlan
 from eopc_compiler.state import CompileState
+from eopc_compiler.tier_graphs import ANSWER, DECODE, GATHER, tier_path
+from eopc_compiler.tier_graphs import PROMPT as PROMPT_GRAPH
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
 from eopc_runtime import __version__
 from eopc_runtime.bundle import (
@@ -31,6 +32,7 @@ from eopc_runtime.bundle import (
     Manifest,
     ModelInfo,
     PrefillInfo,
+    SelectorInfo,
     TierInfo,
     Workload,
     file_entry,
@@ -67,7 +69,8 @@ def write_plan(state: CompileState) -> Path:
                 "note": t.note,
                 "plan": f"t{i}" if t.prefill == i else f"t{t.prefill}>t{i}",
                 "prefill_depth": t.depth,
-                "keep": keep_shares(state.config, t.mask),
+                "selector": asdict(t.selector) if t.selector else None,
+                "keep": keep_shares(state.config, t.run),
                 "layers_removed": sorted(
                     {d.source_layer for d in dense.mask.layers} - {d.source_layer for d in t.mask.layers}
                 ),
@@ -92,31 +95,20 @@ def stage_bundle(state: CompileState) -> CompileState:
     (root / "tiers").mkdir(parents=True)
     place(state.weights, root / WEIGHTS_FILE)
     shutil.copy(state.cache.folder / "plan.json", root / "plan.json")
-    for i, (tier, graph) in enumerate(zip(state.plan, state.graphs, strict=True)):
+    for i, (tier, graphs) in enumerate(zip(state.plan, state.graphs, strict=True)):
         folder = root / "tiers" / f"t{i}"
         folder.mkdir()
-        shutil.copy(graph, root / graph_path(i, tier))
-        if i in state.prompt_graphs:
-            shutil.copy(state.prompt_graphs[i], root / prompt_graph_path(i))
+        for name, graph in graphs.in_bundle(i).items():
+            shutil.copy(graph, root / name)
         for name, path in state.extras[i].files.items():
             place(path, root / name)
-        mask = mask_to_json(f"t{i}", tier.mask, state.orders)
+        mask = mask_to_json(f"t{i}", tier.reach, state.orders)
         (folder / "mask.json").write_text(json.dumps(mask), encoding="utf-8")
     table = energy_table(state)
     (root / "energy.json").write_text(json.dumps(table.to_json(), indent=1), encoding="utf-8")
     state.checkpoint.save_tokenizer(root / "tokenizer")
     write_manifest(root, manifest(state, root, table))
     return replace(state, staged=root)
-
-
-def graph_path(index: int, tier: TierPlan) -> str:
-    """Where a tier's graph lies in the bundle: one for both phases, or that of decode."""
-    return f"tiers/t{index}/{'model' if tier.depth is None else 'decode'}.onnx"
-
-
-def prompt_graph_path(index: int) -> str:
-    """Where the graph lies that prompts run through, where it is another one."""
-    return f"tiers/t{index}/prefill.onnx"
 
 
 def check_and_measure(state: CompileState) -> CompileState:
@@ -135,10 +127,13 @@ def check_and_measure(state: CompileState) -> CompileState:
         state.say(f"checking {info.tier} against PyTorch, {STEPS} cached steps")
         config = extras.config(tier_config(state.config, tier.mask))
         table, context = state.table.with_extras(extras.table), state.args.context
-        reference = Reference(
-            load_tier(config, table, reader, context),
-            None if tier.depth is None else load_prompt_pass(config, tier.depth, table, reader, context),
-        )
+        reference = Reference(load_tier(config, table, reader, context))
+        if tier.depth is not None:
+            reference.prompt = load_prompt_pass(config, tier.depth, table, reader, context)
+        elif tier.selector is not None:
+            whole, pools = state.config, tier.selector.recorded
+            reference.prompt = load_prompt_pass(whole, len(whole.layers), state.table, reader, context, pools)
+            reference.selector = load_selector(config, tier.selector, table, reader)
         tokens = state.heldout.tokens[0, : PROMPT + STEPS].tolist()
         parity = check_parity(bundle, info, reference, tokens, state.storage.dtype)
         del reference
@@ -180,7 +175,7 @@ def runtime_loss(runner: OrtTier, windows: torch.Tensor, report: Report) -> floa
 def energy_table(state: CompileState) -> EnergyTable:
     """Prior prices of every tier on the device."""
     assert state.storage is not None
-    costs = {f"t{i}": state.storage.cost(state.config, t.mask, t.depth) for i, t in enumerate(state.plan)}
+    costs = {f"t{i}": state.storage.cost(state.config, t.mask, t.depth, t.selector) for i, t in enumerate(state.plan)}
     return prior_table(state.profile, costs, state.storage.precision, 0.0)
 
 
@@ -197,15 +192,16 @@ def manifest(state: CompileState, root: Path, table: EnergyTable) -> Manifest:
             perplexity=None,
             perplexity_dense=None,
             perplexity_by_domain={},
-            params=parameter_count(config, t.mask),
-            keep=keep_shares(config, t.mask),
-            layers=tuple(LayerInfo(d.source_layer, d.num_key_value_heads, d.intermediate_size) for d in t.mask.layers),
-            cost=state.storage.cost(config, t.mask, t.depth),
-            graph=graph_path(i, t),
+            params=parameter_count(config, t.run),
+            keep=keep_shares(config, t.run),
+            layers=tuple(LayerInfo(d.source_layer, d.num_key_value_heads, d.intermediate_size) for d in t.reach.layers),
+            cost=state.storage.cost(config, t.mask, t.depth, t.selector),
+            graph=tier_path(i, DECODE if t.fills else ANSWER),
             mask=f"tiers/t{i}/mask.json",
             note=t.note,
             parity={},
-            prefill=None if t.depth is None else PrefillInfo(t.depth, prompt_graph_path(i)),
+            prefill=PrefillInfo(t.depth or len(config.layers), tier_path(i, PROMPT_GRAPH)) if t.fills else None,
+            selector=SelectorInfo(tier_path(i, GATHER), *astuple(t.selector)) if t.selector else None,
         )
         for i, t in enumerate(state.plan)
     )

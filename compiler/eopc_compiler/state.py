@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from eopc_compiler.assemble import Storage
 from eopc_compiler.cache import StageCache
@@ -19,6 +19,9 @@ from eopc_compiler.importance import Observations, Report
 from eopc_compiler.ladder import UnitOrder
 from eopc_compiler.planner import TierPlan
 from eopc_runtime.profiles import DeviceProfile
+
+if TYPE_CHECKING:
+    from eopc_compiler.tier_graphs import TierGraphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class BuildArgs:
     recover_minutes: float = 0.0  # of distilling the shared weights from the dense model
     proxy: str = "ends"  # which tiers are compiled without a GPU: the largest and the smallest ("ends"), "all", "none"
     prefill_depth: int | Literal["auto", "all"] = "auto"  # layers that prompts run through on one tier of the ladder
+    selectors: Literal["auto", "on", "off"] = "auto"  # tiers that choose FFN channels by the prompt
     independent: bool = False  # every tier may have all its down_proj of its own
     calibration_windows: int = 12  # per domain
     calibration_length: int = 256  # tokens
@@ -100,8 +104,7 @@ class CompileState:
     table: WeightTable | None = None
     bytes_by_type: dict[str, int] = field(default_factory=dict)
     extras: tuple[TierExtras, ...] = ()
-    graphs: tuple[Path, ...] = ()
-    prompt_graphs: dict[int, Path] = field(default_factory=dict)  # by tier index, where prompts skip layers
+    graphs: tuple[TierGraphs, ...] = ()
     staged: Path | None = None  # the bundle before it is renamed into place
     tiers: tuple[dict[str, Any], ...] = ()
 

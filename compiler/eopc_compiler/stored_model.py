@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from eopc_compiler.assemble import Storage, load_tier, write_weights
@@ -18,6 +19,8 @@ from eopc_compiler.handover import Repaired, repair_tier
 from eopc_compiler.importance import Report
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.model import Llama, build_model
+from eopc_compiler.selector import Selector
+from eopc_compiler.selector_fit import FittedChannels, fit_selector
 from eopc_compiler.sequences import mean_loss
 from eopc_compiler.state import CompileState
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
@@ -115,6 +118,19 @@ def repair(
     own = own_matrices(config, mask, state.observations.curves, storage, limit)
     text = state.calibration.batches(most=most)
     return repair_tier(model, mask, text, state.args.prompt_part, own, rounding(storage), report, depth)
+
+
+def fit(
+    state: CompileState,
+    model: Llama,
+    selector: Selector,
+    most: int | None = None,
+    report: Report | None = None,
+) -> tuple[FittedChannels, ...]:
+    """A tier that chooses channels, fitted on the calibration text; arguments as those of `repair`."""
+    assert state.calibration and state.storage
+    text, dtype = state.calibration.batches(most=most), getattr(torch, state.storage.dtype)
+    return fit_selector(model, selector, text, state.args.prompt_part, rounding(state.storage), dtype, report)
 
 
 def repair_inputs(state: CompileState) -> dict[str, Any]:

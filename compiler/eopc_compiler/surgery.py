@@ -21,7 +21,10 @@ from torch import Tensor
 from eopc_compiler.calibration import Batch
 from eopc_compiler.pruned import unit_columns
 
-DAMPING = 0.01  # of the mean variance: ridge towards the weights as they are
+# The ridge counts as so many tokens in which inputs varied as they do, but independently, and the map was as it is. It is
+# a share of every input's own variance, not of their mean: a few inputs vary thousands of times more than most.
+RIDGE_TOKENS = 2400
+VARIANCE_FLOOR = 1e-6  # of the mean variance, so that R has an inverse
 METRIC_FLOOR = 1e-6  # of the mean diagonal, so that a metric of few samples has a square root
 
 
@@ -33,11 +36,21 @@ class Moments:
     covariance: Tensor  # [in, in]
     target_mean: Tensor  # [out]
     cross: Tensor  # [out, in]: E[(t - t̄)(x - x̄)ᵀ]
+    rows: int  # tokens they were taken from
+
+    @property
+    def damping(self) -> float:
+        """The share of every input's variance that RIDGE_TOKENS add."""
+        return RIDGE_TOKENS / self.rows
 
     def restricted(self, columns: Tensor) -> Moments:
         """The moments of some inputs only."""
         return Moments(
-            self.mean[columns], self.covariance[columns][:, columns], self.target_mean, self.cross[:, columns]
+            self.mean[columns],
+            self.covariance[columns][:, columns],
+            self.target_mean,
+            self.cross[:, columns],
+            self.rows,
         )
 
 
@@ -55,6 +68,7 @@ class MomentSums:
         self._sum = torch.zeros(domains, inputs, dtype=torch.float64)
         self._target = torch.zeros(outputs, dtype=torch.float64)
         self._weight = torch.zeros(domains, dtype=torch.float64)
+        self._rows = 0
 
     def add(self, x: Tensor, target: Tensor, domain: int, weight: float) -> None:
         """Add rows x [tokens, in] and target [tokens, out] of a domain, each row with `weight`."""
@@ -64,6 +78,7 @@ class MomentSums:
         self._sum[domain] += weight * x.sum(0, dtype=torch.float64)
         self._target += weight * target.sum(0, dtype=torch.float64)
         self._weight[domain] += weight * len(x)
+        self._rows += len(x)
 
     def merge(self, earlier: MomentSums) -> None:
         """Add the sums of earlier batches."""
@@ -72,6 +87,7 @@ class MomentSums:
         self._weight += earlier._weight
         self._cross += earlier._cross
         self._target += earlier._target
+        self._rows += earlier._rows
 
     def moments(self, within: bool = False) -> Moments:
         """Moments of the mixture: its total variance, or with `within` only the mean variance inside the domains.
@@ -84,7 +100,7 @@ class MomentSums:
         if within:
             apart = self._sum / self._weight[:, None] - mean
             covariance = covariance - apart.t() @ (apart * (self._weight / total)[:, None])
-        return Moments(mean, covariance, target, self._cross / total - torch.outer(target, mean))
+        return Moments(mean, covariance, target, self._cross / total - torch.outer(target, mean), self._rows)
 
 
 def sum_moments(
@@ -123,7 +139,8 @@ def obs_removals(
     width: int,
     count: int,
     at_once: int = 1,
-    damping: float = DAMPING,
+    *,
+    damping: float,
 ) -> Removals:
     """The order in which units go when after each the kept columns are re-fitted.
 
@@ -134,6 +151,7 @@ def obs_removals(
         width: neighbouring inputs that make a unit.
         count: units to remove, at most all but one.
         at_once: units taken between two updates.
+        damping: ridge, as a share of every input's variance (`Moments.damping`).
     """
     # the sweep is about ranks, so single precision does after the inverse
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(covariance, damping))).float()
@@ -157,15 +175,16 @@ def obs_removals(
     return Removals(tuple(order), tuple(errors))
 
 
-def repair(moments: Moments, weight: Tensor, kept: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+def repair(moments: Moments, weight: Tensor, kept: Tensor, damping: float | None = None) -> tuple[Tensor, Tensor]:
     """Least squares for the kept inputs: weight [out, kept] and bias [out], fp64, ridge towards `weight`.
 
-    W' = (C_K + λ W_K)(Σ_KK + λI)⁻¹ and b = t̄ - W' x̄_K, with C the cross moments of the target and Σ the covariance.
+    W' = (C_K + W_K R)(Σ_KK + R)⁻¹ and b = t̄ - W' x̄_K, with C the cross moments of the target, Σ the covariance and
+    R = λ diag(Σ), λ being `damping`, by default that of the moments.
     """
     part = moments.restricted(kept)
-    ridge = damping * part.covariance.diagonal().mean()
+    ridge = ridge_of(part.covariance, moments.damping if damping is None else damping)
     prior = weight.double()[:, kept]
-    fitted = torch.linalg.solve(damped(part.covariance, damping), (part.cross + ridge * prior).t()).t()
+    fitted = torch.linalg.solve(part.covariance + ridge.diag(), (part.cross + prior * ridge).t()).t()
     return fitted, moments.target_mean - fitted @ part.mean
 
 
@@ -187,9 +206,15 @@ def compensate(moments: Moments, weight: Tensor, kept: Tensor) -> tuple[Tensor, 
 
 
 def damped(covariance: Tensor, damping: float) -> Tensor:
-    """Σ + λI with λ a share of the mean variance; a matrix of zeros becomes the identity."""
-    ridge = damping * covariance.diagonal().mean()
-    return covariance + (ridge if ridge > 0 else 1.0) * torch.eye(len(covariance), dtype=covariance.dtype)
+    """Σ + R, with R as `ridge_of`."""
+    return covariance + ridge_of(covariance, damping).diag()
+
+
+def ridge_of(covariance: Tensor, damping: float) -> Tensor:
+    """The diagonal of R = λ diag(Σ), with a floor for inputs that do not vary; ones where none does."""
+    variance = covariance.diagonal()
+    floor = VARIANCE_FLOOR * variance.mean()
+    return damping * variance + (floor if floor > 0 else 1.0)
 
 
 def _scaled(weight: Tensor, metric: Tensor | None) -> Tensor:

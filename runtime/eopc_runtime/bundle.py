@@ -337,7 +337,7 @@ class FileEntry:
 
 
 def check_ladder(tiers: tuple[TierInfo, ...], num_hidden_layers: int) -> None:
-    """Raise BundleError unless tiers are t0, t1, ... and each keeps a subset of what the tier above keeps."""
+    """Raise BundleError unless tiers are t0, t1, ... and each keeps a subset of the tier that hands down to it."""
     if not tiers:
         raise BundleError(f"{MANIFEST_NAME} has no tier. Build the bundle again.")
     for i, tier in enumerate(tiers):
@@ -349,8 +349,11 @@ def check_ladder(tiers: tuple[TierInfo, ...], num_hidden_layers: int) -> None:
                 f"{MANIFEST_NAME}: the layers of {tier.tier} must be rising numbers below "
                 f"{num_hidden_layers}, not {indexes}. Build the bundle again."
             )
-        if i:
-            _check_nested(tiers[i - 1], tier)
+        if i:  # nobody goes down to a tier that reads its own prompts, but everybody may go down from one
+            above = tiers[0] if tier.selector else [t for t in tiers[:i] if not t.selector][-1]
+            _check_nested(above, tier)
+        if tier.selector and len(tier.layers) != len(tiers[0].layers):
+            raise BundleError(f"{MANIFEST_NAME}: {tier.tier} chooses channels, but leaves layers out. Build it again.")
 
 
 def inside(root: Path, relative: str) -> Path:

@@ -18,11 +18,12 @@ from eopc_compiler.assemble import Storage, load_tier, write_weights
 from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import DIALECTS
-from eopc_compiler.export import WeightTable, export_tier, trace
+from eopc_compiler.export import WeightTable, export_tier
 from eopc_compiler.importance import observe
 from eopc_compiler.ladder import Mask, full_mask, tier_config
 from eopc_compiler.model import Cache, Llama, Projection, build_model, causal_mask
 from eopc_compiler.parity import without_rounded_inputs
+from eopc_compiler.tracing import Target, trace
 from eopc_compiler.weights import WeightReader
 from eopc_runtime.cpu_features import int8_products_overflow
 
@@ -141,7 +142,7 @@ def write_ladder(
     if graphs:
         for tier, mask in enumerate(masks):
             path = root / f"tiers/t{tier}/model.onnx"
-            export_tier(tier_config(config, mask), dialect, table, storage.dtype, CONTEXT, path)
+            export_tier(tier_config(config, mask), Target(dialect, storage.dtype, CONTEXT), table, path)
     return Ladder(root, config, masks, table, bytes_by_type, (kind[0], storage.dtype, kind[2]))
 
 
@@ -363,7 +364,7 @@ def test_a_qwen2_with_biases_and_a_tied_head_equals_torch(
     config, tensors = make_tiny(model_type="qwen2", head_dim=None, hidden_size=128, tie_word_embeddings=True)
     written = write_ladder(tmp_path, config, tensors, kind, (full_mask(config), PRUNED), graphs=False)
     path = tmp_path / "tiers/t1/model.onnx"
-    export_tier(tier_config(config, PRUNED), DIALECTS[kind[0]], written.table, kind[1], CONTEXT, path)
+    export_tier(tier_config(config, PRUNED), Target(DIALECTS[kind[0]], kind[1], CONTEXT), written.table, path)
     assert max(deviations(written, 1, random_ids(config), capacity=20)) < tolerance(kind)
 
 
@@ -381,7 +382,7 @@ def test_no_two_parameters_are_merged_whatever_memory_holds(
 
     monkeypatch.setattr(Llama, "to_empty", filled)
     config, _ = make_tiny(attention_bias=True, mlp_bias=True)
-    model = trace(tier_config(config, PRUNED), DIALECTS["native"], torch.float32, CONTEXT)
+    model = trace(tier_config(config, PRUNED), Target(DIALECTS["native"], "float32", CONTEXT))
     kept = {name for name in model.graph.initializers if name.startswith(export_module.PREFIX)}
     with torch.device("meta"):
         whole = Llama(tier_config(config, PRUNED), context=CONTEXT).fuse()

@@ -23,6 +23,7 @@ from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask, UnitOrder, full_mask, tier_config
 from eopc_compiler.model import Llama, causal_mask
 from eopc_compiler.quantize import Quantized
+from eopc_compiler.tracing import Target
 from eopc_compiler.weights import ALIGNMENT, WeightReader
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
@@ -161,7 +162,7 @@ def test_the_graph_of_a_tier_with_extras_equals_torch(
     config, tensors = make_tiny()
     written = Written(tmp_path, config, tensors, precision, {0}, dialect)
     path = tmp_path / "tiers/t1/model.onnx"
-    export_tier(written.config, DIALECTS[dialect], written.table, "float32", CONTEXT, path)
+    export_tier(written.config, Target(DIALECTS[dialect], "float32", CONTEXT), written.table, path)
     files = {
         e.value
         for t in onnx.load(path, load_external_data=False).graph.initializer

@@ -29,7 +29,8 @@ from eopc_compiler.ladder import (
     tier_config,
     tier_cost,
 )
-from eopc_compiler.model import Llama, PromptPass
+from eopc_compiler.model import Llama
+from eopc_compiler.prompt_pass import PromptPass
 from eopc_runtime.errors import ModelError
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]

@@ -20,7 +20,7 @@ from eopc_compiler.extras import key_value_entries
 from eopc_compiler.handover import ContinuationLoss, inherited, repair_tier
 from eopc_compiler.importance import observe
 from eopc_compiler.ladder import Mask, full_mask
-from eopc_compiler.model import Cache, Llama, Projection, PromptPass, build_model, causal_mask
+from eopc_compiler.model import Cache, Llama, Projection, build_model, causal_mask
 from eopc_compiler.parity import without_rounded_inputs
 from eopc_compiler.prefill_ablation import (
     PrefillPruning,
@@ -30,7 +30,9 @@ from eopc_compiler.prefill_ablation import (
     last,
 )
 from eopc_compiler.prompt_cache import PromptCache
+from eopc_compiler.prompt_pass import PromptPass
 from eopc_compiler.sequences import run_blocks, run_layer
+from eopc_compiler.tracing import Target
 from eopc_compiler.weights import WeightReader, WeightWriter
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
@@ -181,7 +183,7 @@ def test_the_graph_writes_what_pytorch_writes(
     reader = WeightReader(tmp_path / "weights.bin")
     with WeightWriter(tmp_path / "own.bin", "own.bin") as writer:
         table = table.with_extras(WeightTable(key_value_entries(writer, table, reader, config, 1)))
-    export_prompt_pass(config, 1, DIALECTS[dialect], table, dtype, CONTEXT, tmp_path / "prefill.onnx")
+    export_prompt_pass(config, 1, Target(DIALECTS[dialect], dtype, CONTEXT), table, tmp_path / "prefill.onnx")
 
     reader = WeightReader(tmp_path / "weights.bin", {"own.bin": tmp_path / "own.bin"})
     reference = load_prompt_pass(config, 1, table, reader, CONTEXT)

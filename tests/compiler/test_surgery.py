@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eopc_compiler.surgery import (
+    RIDGE_TOKENS,
     Moments,
     MomentSums,
     compensate,
@@ -112,7 +113,7 @@ def test_wide_units_that_are_gone_do_not_stop_the_rest() -> None:
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         x, weight = torch.randn(600, 128, generator=generator), torch.randn(8, 128, generator=generator)
-        removals = obs_removals(weight, moments_of(x, x).covariance, None, 32, 3)
+        removals = obs_removals(weight, moments_of(x, x).covariance, None, 32, 3, damping=0.01)
         assert len(set(removals.units)) == 3 and all(a < b for a, b in pairwise(removals.errors))
 
 
@@ -149,7 +150,7 @@ def test_wifv_under_a_metric_weighs_the_outputs() -> None:
 
 @pytest.mark.parametrize("damping", [NO_DAMPING, 0.05, 10.0])
 def test_repair_is_ridge_regression_towards_the_weights(damping: float) -> None:
-    """W' minimises the squared error plus λ ||W' - W_K||², solved here as one lstsq with rows added for the ridge."""
+    """W' minimises the squared error plus λ Σ_j Var(x_j) ||w'_j - w_j||²: one lstsq with rows added for the ridge."""
     x, weight = data(4)
     generator = torch.Generator().manual_seed(9)
     target = x @ weight.t() + torch.randn(ROWS, OUTPUTS, generator=generator)
@@ -157,11 +158,25 @@ def test_repair_is_ridge_regression_towards_the_weights(damping: float) -> None:
     fitted, bias = repair(moments_of(x, target), weight, kept, damping)
     xk, y = x[:, kept].double(), target.double()
     apart = xk - xk.mean(0)
-    ridge = damping * float(apart.pow(2).mean(0).mean()) * ROWS  # of sums, not means
-    a = torch.cat([apart, ridge**0.5 * torch.eye(len(kept), dtype=torch.float64)])
-    b = torch.cat([y - y.mean(0), ridge**0.5 * weight.double()[:, kept].t()])
+    ridge = damping * apart.pow(2).sum(0)
+    a = torch.cat([apart, ridge.sqrt().diag()])
+    b = torch.cat([y - y.mean(0), ridge.sqrt()[:, None] * weight.double()[:, kept].t()])
     torch.testing.assert_close(fitted, torch.linalg.lstsq(a, b).solution.t(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close((xk @ fitted.t() + bias).mean(0), y.mean(0), rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_damping_the_ridge_counts_as_a_fixed_number_of_tokens() -> None:
+    """RIDGE_TOKENS against the rows that were seen, however they were dealt out and merged."""
+    x, weight = data(4)
+    target = x @ weight.t() + torch.randn(ROWS, OUTPUTS, generator=torch.Generator().manual_seed(9))
+    first, second = (MomentSums(INPUTS, OUTPUTS, 1) for _ in range(2))
+    first.add(x[:100], target[:100], 0, 1 / ROWS)
+    second.add(x[100:], target[100:], 0, 1 / ROWS)
+    second.merge(first)
+    kept = torch.tensor([0, 2, 3, 7, 11])
+    found, _ = repair(second.moments(), weight, kept)
+    want, _ = repair(moments_of(x, target), weight, kept, damping=RIDGE_TOKENS / ROWS)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
 def test_repair_with_everything_kept_changes_nothing() -> None:

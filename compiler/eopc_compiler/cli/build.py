@@ -76,6 +76,14 @@ PRECISIONS = ("auto", "fp32", "fp16", "int8", "int4")
     "never, or so many.",
 )
 @click.option(
+    "--selectors",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Tiers that choose a part of the FFN channels by the prompt: where that wins (in fp32 and fp16), at every "
+    "budget below the whole model's price, or never.",
+)
+@click.option(
     "--independent", is_flag=True, help="Repaired matrices of every tier's own, without the limit on shared bytes."
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the calibration draw and of the search.")
@@ -99,6 +107,7 @@ def build(
     recover_minutes: float,
     proxy: str,
     prefill_depth: str,
+    selectors: Literal["auto", "on", "off"],
     independent: bool,
     seed: int,
     dry_run: bool,
@@ -130,6 +139,7 @@ def build(
         recover_minutes=recover_minutes,
         proxy=proxy,
         prefill_depth=parse_prefill_depth(prefill_depth),
+        selectors=selectors,
         independent=independent,
         seed=seed,
         dry_run=dry_run,

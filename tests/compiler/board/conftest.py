@@ -20,6 +20,7 @@ from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.export import WeightTable, export_prompt_pass, export_tier
 from eopc_compiler.extras import key_value_entries
 from eopc_compiler.ladder import Mask, UnitOrder, full_mask, tier_config
+from eopc_compiler.tracing import Target
 from eopc_compiler.weights import WeightReader, WeightWriter
 from eopc_runtime.bundle import LayerInfo, Manifest, ModelInfo, PrefillInfo, TierInfo, Workload, file_entry
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
@@ -66,12 +67,13 @@ def make_tier(cached_traces: None, make_tiny: Any, tmp_path_factory: pytest.Temp
         path = root / "tiers" / tier / "model.onnx"
         if not path.exists():
             sliced = tier_config(config, masks[int(tier[1:])])
-            export_tier(sliced, DIALECTS[dialect], table, storage.dtype, CONTEXT, path)
+            export_tier(sliced, Target(DIALECTS[dialect], storage.dtype, CONTEXT), table, path)
         if depth and not (prompt := path.with_name("prefill.onnx")).exists():
             with WeightWriter(root / "own.bin", "own.bin") as writer:
                 own = key_value_entries(writer, table, WeightReader(root / "weights.bin"), config, depth)
             own_table = table.with_extras(WeightTable(own))
-            export_prompt_pass(config, depth, DIALECTS[dialect], own_table, storage.dtype, CONTEXT, prompt)
+            target = Target(DIALECTS[dialect], storage.dtype, CONTEXT)
+            export_prompt_pass(config, depth, target, own_table, prompt)
         return root
 
     return make

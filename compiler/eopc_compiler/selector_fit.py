@@ -1,0 +1,160 @@
+"""A tier that chooses channels by its prompt, fitted to the choices it will make.
+
+The answer runs behind the whole model's cache, on the core and on what each prompt chose. Left-out channels change from
+sequence to sequence, so no map can make up for them one by one; but over the calibration text the kept ones tell
+something of the others. From the first layer up, behind already fitted ones, W' minimises E||W'(m ⊙ z) - W z||² over
+continuations, m being 1 for the core and the chosen channels (least squares with a ridge towards W, surgery.repair).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eopc_compiler.calibration import Batch
+from eopc_compiler.handover import Round
+from eopc_compiler.model import Block, Llama
+from eopc_compiler.prompt_cache import PromptCache
+from eopc_compiler.quantize import Quantized
+from eopc_compiler.selector import PRIOR_TOKENS, Selector, first_of
+from eopc_compiler.sequences import Past, fast_math, ffn_inputs, next_token_losses, run_attention
+from eopc_compiler.surgery import repair, sum_moments
+
+# Of the ridge, as surgery.RIDGE_TOKENS: choices that differ from prompt to prompt make covariances noisier.
+RIDGE_TOKENS = 9000
+
+
+@dataclass(frozen=True, slots=True)
+class FittedChannels:
+    """The FFN of one layer of a selecting tier, as it is stored.
+
+    Args:
+        core: down_proj of the core [core, hidden].
+        pool: of the pool [pool, hidden].
+        bias: [hidden].
+        prior: what the calibration text's mean energy adds to a prompt's [pool].
+        weight: utility per energy [pool].
+    """
+
+    core: Tensor | Quantized
+    pool: Tensor
+    bias: Tensor
+    prior: Tensor
+    weight: Tensor
+
+    def down(self) -> Tensor:
+        """down_proj of core and pool [core + pool, hidden], fp32."""
+        core = self.core.dequantize() if isinstance(self.core, Quantized) else self.core
+        return torch.cat([core, self.pool])
+
+    def kept(self, energy: Tensor, chosen: int) -> Tensor:
+        """1 for what runs and 0 for the rest [n, core + pool], from energies of prompts [n, core + pool]."""
+        core = energy.shape[1] - len(self.pool)
+        ids = first_of((energy[:, core:] + self.prior) * self.weight, chosen)
+        kept = torch.zeros_like(energy)
+        kept[:, :core] = 1.0
+        return kept.scatter_(1, core + ids, 1.0)
+
+
+@torch.no_grad()
+def fit_selector(
+    model: Llama,
+    selector: Selector,
+    batches: Sequence[Batch],
+    prompt: int,
+    round_weight: Round = lambda _layer, weight, _covariance: weight,
+    dtype: torch.dtype = torch.float32,
+    report: Callable[[int, int], None] | None = None,
+) -> tuple[FittedChannels, ...]:
+    """Fit every layer of a tier that chooses channels.
+
+    Args:
+        model: the whole model in deployment form; it is left as it is, and runs the prompts.
+        prompt: tokens of every window [n, S] that the choice is made by.
+        round_weight: how the core's matrix is stored; pools are stored in `dtype`.
+    """
+    ours, fitted = [model.model.embed_tokens(b.tokens)[:, prompt:] for b in batches], list[FittedChannels]()
+    for index, (pasts, energies) in enumerate(_prompts(model, batches, prompt)):
+        layer, core, pool = model.blocks[index], selector.core[index], selector.pool[index]
+        width, down = core + pool, layer.mlp.down_proj
+        middle = [_attended(model, layer, x, past) for x, past in zip(ours, pasts, strict=True)]
+        hidden = [ffn_inputs(layer, x) for x in middle]
+        targets = [down(h) for h in hidden]
+        plain = _unfitted(layer, selector, index, energies, batches, prompt)
+        masks = [plain.kept(energy[:, :width], selector.chosen[index]) for energy in energies]
+        inputs = [h[..., :width] * mask[:, None] for h, mask in zip(hidden, masks, strict=True)]
+        moments = sum_moments(batches, inputs, targets).moments()
+        every = torch.arange(width)
+        damping = RIDGE_TOKENS / moments.rows
+        weight = repair(moments, down.weight[:width].t(), every, damping)[0].t().float().contiguous()
+        stored = round_weight(index, weight[:core].contiguous(), moments.covariance[:core, :core])
+        whole = FittedChannels(stored, weight[core:].to(dtype).float(), plain.bias, plain.prior, plain.weight)
+        bias = (moments.target_mean - moments.mean @ whole.down().double()).float()
+        fitted.append(FittedChannels(stored, whole.pool, bias, plain.prior, plain.weight))
+        ours = [x + h @ whole.down() + bias for x, h in zip(middle, inputs, strict=True)]
+        if report:
+            report(index + 1, len(model.blocks))
+    return tuple(fitted)
+
+
+@torch.no_grad()
+def selected_losses(
+    model: Llama, selector: Selector, fitted: Sequence[FittedChannels], batches: Sequence[Batch], prompt: int
+) -> list[Tensor]:
+    """Losses [n, S - prompt - 1] in nats of every batch's continuations on the tier, behind the whole model's cache."""
+    ours = [model.model.embed_tokens(b.tokens)[:, prompt:] for b in batches]
+    for index, (pasts, energies) in enumerate(_prompts(model, batches, prompt)):
+        layer, channels, width = model.blocks[index], fitted[index], selector.core[index] + selector.pool[index]
+        following = list[Tensor]()
+        for x, past, energy in zip(ours, pasts, energies, strict=True):
+            middle = _attended(model, layer, x, past)
+            kept = channels.kept(energy[:, :width], selector.chosen[index])
+            inputs = ffn_inputs(layer, middle)[..., :width] * kept[:, None]
+            following.append(middle + inputs @ channels.down() + channels.bias)
+        ours = following
+    return [next_token_losses(model, x, b.tokens[:, prompt:]) for x, b in zip(ours, batches, strict=True)]
+
+
+def domain_mean(batches: Sequence[Batch], losses: Sequence[Tensor]) -> float:
+    """Mean over domains of their mean losses."""
+    domains = sorted({b.domain for b in batches})
+    of = {d: torch.cat([x.flatten() for b, x in zip(batches, losses, strict=True) if b.domain == d]) for d in domains}
+    return float(torch.stack([x.double().mean() for x in of.values()]).mean())
+
+
+def _prompts(model: Llama, batches: Sequence[Batch], prompt: int) -> Iterator[tuple[list[Past], list[Tensor]]]:
+    """Per layer: what it holds of the prompts, and the energies [n, ffn] of all their tokens but the last."""
+    dense = [model.model.embed_tokens(b.tokens[:, :prompt]) for b in batches]
+    caches = [PromptCache(model, prompt) for _ in batches]
+    for index, layer in enumerate(model.blocks):
+        pasts = [cache.enter(index, x)[0] for cache, x in zip(caches, dense, strict=True)]
+        middle = [_attended(model, layer, x, None) for x in dense]
+        hidden = [ffn_inputs(layer, x) for x in middle]
+        yield pasts, [h[:, :-1].pow(2).sum(1) for h in hidden]
+        dense = [x + layer.mlp.down_proj(h) for x, h in zip(middle, hidden, strict=True)]
+
+
+def _unfitted(
+    layer: Block, selector: Selector, index: int, energies: Sequence[Tensor], batches: Sequence[Batch], prompt: int
+) -> FittedChannels:
+    """A layer as the whole model has it, with what ranks its channels."""
+    core, width = selector.core[index], selector.core[index] + selector.pool[index]
+    weight = layer.mlp.down_proj.weight.data
+    shares = [b.weight * energy.sum(0) for b, energy in zip(batches, energies, strict=True)]
+    tokens = sum(b.weight * len(energy) * (prompt - 1) for b, energy in zip(batches, energies, strict=True))
+    mean = torch.stack(shares).sum(0) / tokens
+    return FittedChannels(
+        weight[:core],
+        weight[core:width],
+        torch.zeros(weight.shape[1]),
+        PRIOR_TOKENS * mean[core:width],
+        weight[core:width].pow(2).sum(1),
+    )
+
+
+def _attended(model: Llama, layer: Block, x: Tensor, past: Past | None) -> Tensor:
+    with fast_math():
+        return run_attention(model, layer, x, past)

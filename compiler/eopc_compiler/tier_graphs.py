@@ -1,0 +1,84 @@
+"""The graphs of one tier: one for both phases, or one for each where prompts run through a graph of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from eopc_compiler.export import export_prompt_pass, export_selector, export_tier
+from eopc_compiler.ladder import tier_config
+from eopc_compiler.state import CompileState
+from eopc_compiler.tracing import Target
+from eopc_runtime import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class TierGraphs:
+    """Written graphs, in the cache.
+
+    Args:
+        answer: what every token of an answer runs through; prompts too, without the next.
+        prompt: what all of a prompt but its last token runs through.
+        gather: what turns a prompt's energies into weights.
+    """
+
+    answer: Path
+    prompt: Path | None = None
+    gather: Path | None = None
+
+    def in_bundle(self, index: int) -> dict[str, Path]:
+        """The graphs by their paths in the bundle."""
+        return {tier_path(index, part): path for part, path in self._parts().items() if path is not None}
+
+    def _parts(self) -> dict[str, Path | None]:
+        name = ANSWER if self.prompt is None else DECODE
+        return {name: self.answer, PROMPT: self.prompt, GATHER: self.gather}
+
+
+ANSWER, DECODE, PROMPT, GATHER = "model.onnx", "decode.onnx", "prefill.onnx", "gather.onnx"
+
+
+def tier_path(index: int, part: str) -> str:
+    """Where a graph of a tier lies in the bundle."""
+    return f"tiers/t{index}/{part}"
+
+
+def write_graphs(state: CompileState, index: int) -> TierGraphs:
+    """Trace and write the graphs of a tier, each once for the same inputs."""
+    assert state.dialect and state.storage and state.table and state.weights
+    tier, extras, full = state.plan[index], state.extras[index], state.config
+    target = Target(state.dialect, state.storage.dtype, state.args.context)
+    table = state.table.with_extras(extras.table)
+    config, selector = extras.config(tier_config(full, tier.mask)), tier.selector
+
+    def written(part: str, write: Callable[[Path], None]) -> Path:
+        inputs = {
+            "version": __version__,
+            "torch": torch.__version__,
+            "part": part,
+            "config": asdict(config),
+            "depth": tier.depth,
+            "selector": asdict(selector) if selector else None,
+            "dialect": target.dialect.name,
+            "dtype": target.dtype,
+            "weights": state.weights and state.weights.parent.name,
+            "extras": extras.table.to_json(),
+            "context": target.context,
+        }
+        return state.cache.get(f"graph-t{index}-{part.removesuffix('.onnx')}", inputs, ".onnx", write)
+
+    if tier.depth is not None:  # it keeps everything: its answers run the graph of t0
+        depth = tier.depth
+        prompt = written(PROMPT, lambda path: export_prompt_pass(config, depth, target, table, path))
+        return TierGraphs(state.graphs[0].answer, prompt)
+    if selector is None:
+        return TierGraphs(written(ANSWER, lambda path: export_tier(config, target, table, path)))
+    shared, pools = state.table, selector.recorded
+    return TierGraphs(
+        written(DECODE, lambda path: export_tier(config, target, table, path, selector.chosen)),
+        written(PROMPT, lambda path: export_prompt_pass(full, len(full.layers), target, shared, path, pools)),
+        written(GATHER, lambda path: export_selector(config, selector, target, table, path)),
+    )
