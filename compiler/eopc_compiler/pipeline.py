@@ -238,7 +238,9 @@ def plan_tiers(state: CompileState) -> CompileState:
             return domain_mean(text, selected_losses(model, selector, fitted, text, args.prompt_part))
 
         if args.selectors == "on" or (args.selectors == "auto" and storage.bits is None):
-            choosing = Choosing(lambda core, selector: selector_energy(state, core, storage, selector), chosen_loss)
+            choosing = Choosing(
+                price, lambda core, selector: selector_energy(state, core, storage, selector), chosen_loss
+            )
             always = args.selectors == "on"
             tiers = plan_selectors(tiers, choosing, state.observations.curves, state.align, state.say, always)
         path.write_text(json.dumps([asdict(t) for t in tiers]), encoding="utf-8")

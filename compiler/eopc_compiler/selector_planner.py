@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
-from eopc_compiler.planner import TierPlan, shrink_to_budget
+from eopc_compiler.planner import Price, TierPlan, shrink_to_budget
 from eopc_compiler.selector import Selector
 
 CHOSEN_SHARE = 0.2  # of the channels that run; a larger share costs more to gather, and was not better
@@ -26,10 +26,12 @@ class Choosing:
     """How candidates are judged.
 
     Args:
-        price: joules of a core and a selector in the plan behind the whole model's prompt.
-        fitted: their continuation loss, nats per token, once fitted; dear.
+        fixed: joules of a mask, nothing chosen.
+        price: joules of a core and a selector.
+        fitted: continuation loss of a selector once fitted, nats per token; dear.
     """
 
+    fixed: Price
     price: Callable[[Mask, Selector], float]
     fitted: Callable[[Selector], float]
 
@@ -90,21 +92,10 @@ def _candidate(
 ) -> TierPlan | None:
     """A choosing tier within a static tier's budget; None where channels cannot save so much or leave no choice."""
     assert tier.budget_j is not None
-
-    def price(mask: Mask) -> float:
-        selector = split(mask, full, align)
-        return choosing.price(core_of(selector, full), selector)
-
-    if price(full) <= tier.budget_j:
+    found = _within(full, tier.budget_j, choosing, curves, align)
+    if found is None:
         return None
-    groups = [replace(c, kv_errors=()) for c in curves]  # KV groups stay
-    mask = shrink_to_budget(full, tier.budget_j, groups, price, align)
-    if mask is None:
-        return None
-    selector = split(mask, full, align)
-    if not any(selector.chosen):
-        return None
-    core = core_of(selector, full)
+    core, selector = found
     share = sum(selector.chosen) / sum(d.intermediate_size for d in full.layers)
     return TierPlan(
         tier.budget_j,
@@ -114,6 +105,26 @@ def _candidate(
         f"{share:.0%} of the FFN channels chosen by the prompt",
         selector=selector,
     )
+
+
+def _within(
+    full: Mask, budget_j: float, choosing: Choosing, curves: Sequence[LayerCurves], align: int
+) -> tuple[Mask, Selector] | None:
+    """Core and selector that fit a budget, KV groups left alone; None where there are none.
+
+    Prices of a choice are those of fixed channels and of gathering, which changes little with the widths.
+    """
+    channels_only, gathering_j = [replace(c, kv_errors=()) for c in curves], 0.0
+    for _ in range(4):
+        mask = shrink_to_budget(full, budget_j - gathering_j, channels_only, choosing.fixed, align)
+        if mask is None:
+            return None
+        selector = split(mask, full, align)
+        core = core_of(selector, full)
+        if choosing.price(core, selector) <= budget_j:
+            return (core, selector) if any(selector.chosen) else None
+        gathering_j = choosing.price(core, selector) - choosing.fixed(mask) + 1e-9
+    return None
 
 
 def _renumbered(plan: Sequence[TierPlan], ladder: Sequence[TierPlan]) -> tuple[TierPlan, ...]:

@@ -21,8 +21,8 @@ from torch import Tensor
 from eopc_compiler.calibration import Batch
 from eopc_compiler.pruned import unit_columns
 
-# The ridge counts as so many tokens in which inputs varied as they do, but independently, and the map was as it is. It is
-# a share of every input's own variance, not of their mean: a few inputs vary thousands of times more than most.
+# The ridge counts as so many tokens in which inputs varied as they do, but independently, and the map was as it is.
+# It is a share of every input's own variance, not of their mean: a few inputs vary thousands of times more than most.
 RIDGE_TOKENS = 2400
 VARIANCE_FLOOR = 1e-6  # of the mean variance, so that R has an inverse
 METRIC_FLOOR = 1e-6  # of the mean diagonal, so that a metric of few samples has a square root

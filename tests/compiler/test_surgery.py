@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -101,7 +102,7 @@ def test_an_identity_metric_is_none() -> None:
     """Without a metric errors are plain squared errors; a scaled one scales them."""
     x, weight = data()
     covariance, eye = moments_of(x, x).covariance, torch.eye(OUTPUTS, dtype=torch.float64)
-    for method in (obs_removals, wifv_removals):
+    for method in (partial(obs_removals, damping=0.01), wifv_removals):
         plain, same, triple = (method(weight, covariance, m, 2, 5) for m in (None, eye, 3 * eye))
         assert plain.units == same.units == triple.units
         assert same.errors == pytest.approx(plain.errors, rel=1e-4)
@@ -246,9 +247,10 @@ def test_restricted_moments_are_those_of_fewer_inputs() -> None:
 
 
 def test_a_covariance_of_zeros_can_be_inverted() -> None:
-    """Inputs that never fire become an identity; otherwise the ridge is a share of the mean variance."""
+    """Inputs that never fire become an identity; otherwise the ridge is a share of every input's own variance."""
     eye = torch.eye(3, dtype=torch.float64)
     assert torch.equal(damped(0 * eye, 0.1), eye)
-    torch.testing.assert_close(damped(torch.diag(torch.tensor([1.0, 2.0, 3.0]).double()), 0.5)[2, 2], eye[0, 0] * 4)
-    removals = obs_removals(torch.ones(2, 3), 0 * eye, None, 1, 2)
+    ridged = damped(torch.tensor([1.0, 2.0, 3.0]).double().diag(), 0.5).diagonal()
+    torch.testing.assert_close(ridged, torch.tensor([1.5, 3.0, 4.5]).double(), rtol=1e-5, atol=0)
+    removals = obs_removals(torch.ones(2, 3), 0 * eye, None, 1, 2, damping=0.1)
     assert len(set(removals.units)) == 2
