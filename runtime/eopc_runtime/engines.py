@@ -2,7 +2,8 @@
 
     BUNDLE/engines/KEY/     KEY is a device and its architecture, `rtx-4090-sm89`, or `proxy-sm86`
         engines.json        schema 1: one record per plan, with what `eopc engine --check` found of it
-        t0.plan             both phases, as profiles 0 (prefill) and 1 (decode); or t0.prefill.plan and t0.decode.plan
+        t0.plan             both phases, as profiles 0 (prefill) and 1 (decode); or a plan for each graph of the tier,
+                            t0.prefill.plan, t0.decode.plan and, where it chooses weights, t0.gather.plan
         timing.cache        what TensorRT measured while building, shared by tiers
 
 The manifest of a bundle does not list them: they are made later, on the board. A plan is bound to its compiler's

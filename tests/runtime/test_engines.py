@@ -72,7 +72,7 @@ def test_a_key_may_not_leave_the_bundle(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"phase": "both of them"}, "must be one of both, prefill, decode"),
+        ({"phase": "both of them"}, "must be one of both, prefill, gather, decode"),
         ({"file": None}, "a proxy has neither"),
         ({"proxy": True}, "a proxy has neither"),
         ({"layer": 3}, 'unknown key "layer"'),

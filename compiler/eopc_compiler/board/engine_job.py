@@ -151,7 +151,7 @@ def _build(job: EngineJob) -> JobResult:
     timing_cache = Path(job.timing_cache) if job.timing_cache else None
     with tempfile.TemporaryDirectory(prefix="eopc-engine-") as folder:
         workspace = Path(folder) if job.weight_bytes > INLINE_WEIGHT_BYTES else None
-        model = prepare_for_tensorrt(root, Path(job.graph), job.settings.cache_len, workspace)
+        model = prepare_for_tensorrt(root, Path(job.graph), job.settings.slots(job.phase), workspace)
         built = build_plan(
             compiler, model, workspace or root, job.compute_capability, job.settings, job.phase, timing_cache, _Steps()
         )

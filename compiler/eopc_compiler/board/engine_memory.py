@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping
 from eopc_runtime.bundle import Manifest, TierInfo
 from eopc_runtime.cli.machine import memory_bytes
 from eopc_runtime.cli.output import format_bytes
+from eopc_runtime.engines import phase_graphs
 from eopc_runtime.errors import DeviceError
 
 # Fitted to the peak resident memory of TensorRT-RTX 1.7 builds with two profiles, 1 to 6 layers of width 576 and 2048:
 # within 10 % for fp16 and for 30 layers in fp32 (3.3 GB), high for int8. int4 and TensorRT itself were not measured.
 BASE_BYTES = 240_000_000
 LAYER_BYTES = 16_000_000
+MATRICES = 3  # gate, up and down: a channel is a row of each
 WEIGHT_FACTOR = {"fp32": 5.0, "fp16": 5.0, "int8": 3.0, "int4": 5.0}
 
 
@@ -41,12 +43,19 @@ def check_memory(
 
 
 def build_bytes(manifest: Manifest, info: TierInfo) -> int:
-    """Peak resident memory of one build, bytes: BASE_BYTES + layers x LAYER_BYTES + WEIGHT_FACTOR x weights."""
-    weights = WEIGHT_FACTOR[manifest.precision] * graph_bytes(manifest, info)
-    return round(BASE_BYTES + LAYER_BYTES * info.cost.layers + weights)
+    """Peak resident memory of the largest build of a tier, bytes.
+
+    BASE_BYTES + layers x LAYER_BYTES + WEIGHT_FACTOR x weights. A tier's graphs are built one after the other.
+    """
+    weights = max(graph_bytes(manifest, info, phase) for phase in phase_graphs(info))
+    return round(BASE_BYTES + LAYER_BYTES * info.cost.layers + WEIGHT_FACTOR[manifest.precision] * weights)
 
 
-def graph_bytes(manifest: Manifest, info: TierInfo) -> int:
-    """Weights of a tier's graph, bytes, with an embedding table in the compute type."""
-    width = 2 if manifest.compute_dtype == "float16" else 4
-    return info.cost.weight_bytes + manifest.model.vocab_size * manifest.model.hidden_size * width
+def graph_bytes(manifest: Manifest, info: TierInfo, phase: str) -> int:
+    """Weights of the graph of a tier's phase, bytes: tables that rows are gathered from are in the compute type."""
+    width = (2 if manifest.compute_dtype == "float16" else 4) * manifest.model.hidden_size
+    if phase == "gather" and info.selector is not None:
+        channels = sum(pool for pool, chosen in zip(info.selector.pool, info.selector.chosen, strict=True) if chosen)
+        return MATRICES * channels * width
+    cost = info.cost.prefill if phase == "prefill" and info.cost.prefill else info.cost
+    return cost.weight_bytes + manifest.model.vocab_size * width

@@ -84,7 +84,7 @@ def build_engines(args: EngineArgs, say: Say, tick: Say, run: Callable[..., JobR
     target = resolve_target(args.device or bundle.manifest.device, args.proxy)
     check_dialect(target, bundle.manifest.dialect)
     settings = choose_settings(bundle.manifest, args)
-    check_graphs(bundle, infos, target, settings.cache_len)
+    check_graphs(bundle, infos, target, settings)
     say(f"building {', '.join(i.tier for i in infos)} with {target.title}")
     for line in check_memory(bundle.manifest, infos, args.check_memory):
         say(line)
@@ -111,7 +111,7 @@ def choose_settings(manifest: Manifest, args: EngineArgs) -> BuildSettings:
     return BuildSettings(cache_len, longest, min(usual, longest), args.workspace_bytes)
 
 
-def check_graphs(bundle: Bundle, infos: Iterable[TierInfo], target: BuildTarget, cache_len: int) -> None:
+def check_graphs(bundle: Bundle, infos: Iterable[TierInfo], target: BuildTarget, settings: BuildSettings) -> None:
     """Hold every graph against what this TensorRT takes, and a proxy's against that of its device too.
 
     Raises:
@@ -125,7 +125,7 @@ def check_graphs(bundle: Bundle, infos: Iterable[TierInfo], target: BuildTarget,
         lists += lists_for(target.device, bundle.manifest.dialect)
     for info in infos:
         for phase, graph in phase_graphs(info).items():
-            require_allowed(outline_for_tensorrt(bundle.path(graph), cache_len), lists, label(info, phase))
+            require_allowed(outline_for_tensorrt(bundle.path(graph), settings.slots(phase)), lists, label(info, phase))
 
 
 def label(info: TierInfo, phase: str) -> str:
@@ -235,18 +235,21 @@ def describe(
 
 
 def attention_count(info: TierInfo, phase: str = "both") -> int:
-    """Layers of a tier whose attention a phase runs."""
+    """Layers of a tier whose attention a phase runs; none where weights are gathered."""
+    if phase == "gather":
+        return 0
     depth = info.prefill.depth if info.prefill and phase == "prefill" else len(info.layers)
     return sum(layer.kv_heads > 0 for layer in info.layers[:depth])
 
 
 def summary(record: EngineRecord, info: TierInfo) -> str:
     """One line of a finished engine."""
+    size = f"{record.seconds:.0f} s, {record.layers} engine layers"
+    if record.phase == "gather":
+        return size
     slow = ", the others in plain operators, slower" if record.decomposed_attention else ""
-    return (
-        f"{record.seconds:.0f} s, {record.layers} engine layers, attention fused in {record.attention_layers} of "
-        f"{attention_count(info, record.phase)} layers{slow}"
-    )
+    count = attention_count(info, record.phase)
+    return f"{size}, attention fused in {record.attention_layers} of {count} layers{slow}"
 
 
 def labelled(tick: Say, name: str) -> Say:
@@ -265,7 +268,7 @@ def _job(
         graph=graph,
         phase=phase,
         settings=settings,
-        weight_bytes=graph_bytes(bundle.manifest, info),
+        weight_bytes=graph_bytes(bundle.manifest, info, phase),
         plan=None if target.proxy else str((folder / plan_name(info.tier, phase)).resolve()),
         timing_cache=str((folder / TIMING_CACHE_NAME).resolve()) if target.compiler == "tensorrt" else None,
     )

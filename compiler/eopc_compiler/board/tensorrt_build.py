@@ -2,7 +2,8 @@
 
 A parse is not a build: TensorRT's parser accepts graphs that its builder then refuses, so only a written plan counts.
 One plan holds both phases as optimisation profiles, 0 for a prefill of 1 to `max_prompt_tokens` tokens, 1 for decode;
-where a tier has a graph per phase, each gets a plan with its one profile.
+where a tier has a graph per phase, each gets a plan with its one profile. The graph that gathers weights reads no
+tokens: its shapes are fixed, and TensorRT gives such an engine a profile of its own.
 """
 
 from __future__ import annotations
@@ -51,9 +52,13 @@ class BuildSettings:
             raise ValueError(f"settings do not fit together: {self}")  # an update longer than the cache is refused
 
     def profiles(self, phase: str) -> tuple[tuple[int, int, int], ...]:
-        """Fewest, usual and most tokens of a step, by profile."""
+        """Fewest, usual and most tokens of a step, by profile; none where weights are gathered."""
         prefill, decode = (1, self.usual_prompt_tokens, self.max_prompt_tokens), (1, 1, 1)
-        return {"both": (prefill, decode), "prefill": (prefill,), "decode": (decode,)}[phase]
+        return {"both": (prefill, decode), "prefill": (prefill,), "decode": (decode,), "gather": ()}[phase]
+
+    def slots(self, phase: str) -> int | None:
+        """Slots of the caches of a phase's graph; None where weights are gathered, which reads no cache."""
+        return None if phase == "gather" else self.cache_len
 
     def sha256(self, phase: str) -> str:
         """The hash of everything but graph and machine that a plan depends on."""
@@ -113,7 +118,7 @@ def build_plan(
         model: from `prepare_for_tensorrt`, or its serialised bytes.
         data_root: the folder that external data names are relative to.
         compute_capability: of the target, 86 for SM 8.6.
-        phase: both, prefill or decode: which profiles the plan gets.
+        phase: one of `engines.PHASES`: which profiles the plan gets.
         timing_cache: a file of earlier measurements; read only.
         report: called with TensorRT's own progress.
 
@@ -152,7 +157,7 @@ def build_plan(
         raise EngineBuildError(refused.format("build") + _words(log.errors))
     seconds = time.perf_counter() - start
     layers = layer_lines(log.layer_list) or compiler.inspect(builder.logger, plan)
-    return BuiltPlan(plan, seconds, layers, len(profiles), fallback, compiler.timing_cache(config))
+    return BuiltPlan(plan, seconds, layers, max(len(profiles), 1), fallback, compiler.timing_cache(config))
 
 
 def profile_shapes(name: str, shape: Sequence[int], tokens: tuple[int, int, int]) -> tuple[tuple[int, ...], ...]:

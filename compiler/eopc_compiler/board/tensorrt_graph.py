@@ -6,7 +6,8 @@ ONNX Runtime does not:
 * the sequence dimension of a cache is a number, because its KV cache update writes into a fixed buffer;
 * an int8 or int4 constant stands directly before a DequantizeLinear, so the column pieces that a pruned tier joins are
   joined here;
-* for the same reason the embedding's table is dequantised first and gathered from afterwards.
+* for the same reason a table is dequantised first and gathered from afterwards: the embedding's, and those that weights
+  are gathered from after a prompt.
 
 External data that is not touched stays in weights.bin. Joined constants go into the graph, or for models where they
 exceed what one ONNX file holds into a file of their own in a workspace folder.
@@ -43,14 +44,14 @@ Join = Callable[[Sequence[Any], int, str], Any]  # constants, axis and name to o
 
 
 def prepare_for_tensorrt(
-    bundle_root: Path, graph: Path, cache_len: int, workspace: Path | None = None
+    bundle_root: Path, graph: Path, cache_len: int | None, workspace: Path | None = None
 ) -> onnx.ModelProto:
     """A copy of a tier's graph that TensorRT accepts; external data names stay relative to the bundle's root.
 
     Args:
         bundle_root: the folder weights.bin lies in.
-        graph: the tier's model.onnx, absolute or relative to the bundle's root.
-        cache_len: cache slots the engine is built for.
+        graph: one of the tier's graphs, absolute or relative to the bundle's root.
+        cache_len: cache slots the engine is built for; None for the graph that gathers weights, which has no cache.
         workspace: an empty folder for joined constants and links to the files they lie beside; loaders are then given
             this folder in place of the bundle's root. None puts joined constants into the graph, at most 2 GB.
 
@@ -65,7 +66,7 @@ def prepare_for_tensorrt(
     return model
 
 
-def outline_for_tensorrt(path: Path, cache_len: int) -> onnx.ModelProto:
+def outline_for_tensorrt(path: Path, cache_len: int | None) -> onnx.ModelProto:
     """The graph that `prepare_for_tensorrt` would give, its weights left out: no weights.bin is read or needed.
 
     Joined constants have their type and shape, but name no place in a file. For checks of structure, not for loaders.
@@ -76,14 +77,18 @@ def outline_for_tensorrt(path: Path, cache_len: int) -> onnx.ModelProto:
     return _rewritten(path, cache_len, _outlined)
 
 
-def _rewritten(path: Path, cache_len: int, join: Join) -> onnx.ModelProto:
-    if cache_len < 2:
+def _rewritten(path: Path, cache_len: int | None, join: Join) -> onnx.ModelProto:
+    if cache_len is not None and cache_len < 2:
         raise ValueError(f"an engine needs at least two cache slots, not {cache_len}")
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf and onnx raise many types; none means anything to a user
         raise BundleError(f"{path} is not a readable ONNX file ({error}). Build the bundle again.") from error
-    _fix_dimension(model.graph, cache_len, path)
+    if cache_len is None:
+        _require_fixed(model.graph, path)
+    else:
+        _fix_dimension(model.graph, cache_len, path)
+    del model.graph.value_info[:]  # TensorRT infers its own shapes
     _join_constants(model.graph, join)
     _dequantize_before_gather(model.graph)
     _drop_unused_initializers(model.graph)
@@ -91,15 +96,21 @@ def _rewritten(path: Path, cache_len: int, join: Join) -> onnx.ModelProto:
 
 
 def _fix_dimension(graph: Any, cache_len: int, path: Path) -> None:
-    """Put the number wherever the symbol stands; inferred shapes are dropped, TensorRT infers its own."""
+    """Put the number wherever the symbol stands."""
     found = False
     for value in (*graph.input, *graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param == CACHE_LEN:
                 dim.dim_value, found = cache_len, True
-    del graph.value_info[:]
     if not found:
         raise BundleError(f"{path} has no dimension {CACHE_LEN!r}; expected the graph of a tier with KV caches.")
+
+
+def _require_fixed(graph: Any, path: Path) -> None:
+    """Weights are gathered in fixed shapes, for which an engine needs no profile."""
+    for value in (*graph.input, *graph.output):
+        if not all(dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim):
+            raise BundleError(f"{path} has {value.name} of an open shape; expected a graph that gathers weights.")
 
 
 def _join_constants(graph: Any, join: Join) -> None:

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 
 from eopc_compiler.assemble import Storage, write_weights
 from eopc_compiler.config import LayerDims
@@ -22,7 +23,16 @@ from eopc_compiler.extras import key_value_entries
 from eopc_compiler.ladder import Mask, UnitOrder, full_mask, tier_config
 from eopc_compiler.tracing import Target
 from eopc_compiler.weights import WeightReader, WeightWriter
-from eopc_runtime.bundle import LayerInfo, Manifest, ModelInfo, PrefillInfo, TierInfo, Workload, file_entry
+from eopc_runtime.bundle import (
+    LayerInfo,
+    Manifest,
+    ModelInfo,
+    PrefillInfo,
+    SelectorInfo,
+    TierInfo,
+    Workload,
+    file_entry,
+)
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
 
 CONTEXT = 256
@@ -83,19 +93,23 @@ def make_tier(cached_traces: None, make_tiny: Any, tmp_path_factory: pytest.Temp
 def make_bundle(make_tier: MakeTier) -> Callable[..., Path]:
     """Writes a bundle of three tiers into a folder; graphs and weights are real, prices are not.
 
-    With `apart`, prompts run through one of t0's two layers, by a graph of their own.
+    With `apart`, prompts run through one of t0's two layers, by a graph of their own; with `choosing`, t0 also chooses
+    channels of its first layer after them, as far as its gather graph and the manifest tell.
     """
 
-    def make(root: Path, dialect: str, device: str, apart: bool = False) -> Path:
+    def make(root: Path, dialect: str, device: str, apart: bool = False, choosing: bool = False) -> Path:
         for tier in ("t0", "t1", "t2"):
-            depth = int(apart and tier == "t0")
+            depth = int((apart or choosing) and tier == "t0")
             shutil.copytree(make_tier("fp16", dialect, "float16", tier, depth=depth), root, dirs_exist_ok=True)
             (root / "tiers" / tier / "mask.json").write_text("{}")
+        if choosing:
+            onnx.save(gather_graph(), str(root / "tiers/t0/gather.onnx"))
         (root / "tokenizer").mkdir()
         (root / "tokenizer/tokenizer.json").write_text("{}")
         energies = tuple(TierEnergy(f"t{i}", 0.1, 0.01, 0.0, 0.5, 0.001, 0.001, "prior") for i in range(3))
-        (root / "energy.json").write_text(json.dumps(EnergyTable(device, "prior", 0.0, energies).to_json()))
-        write_bundle_manifest(root, dialect, device, apart)
+        table = EnergyTable(device, "prior", 0.0, energies, own_prompts=("t0",) if choosing else ())
+        (root / "energy.json").write_text(json.dumps(table.to_json()))
+        write_bundle_manifest(root, dialect, device, apart or choosing, choosing)
         return root
 
     return make
@@ -112,7 +126,33 @@ def with_a_foreign_operator(graph: Path) -> Any:
     return model
 
 
-def write_bundle_manifest(root: Path, dialect: str, device: str, apart: bool = False) -> None:
+def gather_graph(chosen: int = 32, pool: int = 128, stored: str = "fp16", opset: int = 20) -> Any:
+    """Rows of width 128 of the channels with most energy: fp16, or int8 with a scale per row, dequantised last."""
+    rng = np.random.default_rng(3)
+    nodes = [helper.make_node("TopK", ["ffn_energy_0", "count"], ["most", "where"], "most.TopK")]
+    constants, outputs = [numpy_helper.from_array(np.array([chosen]), "count")], []
+    for kind in ("gate", "up", "down"):
+        table, rows = f"{kind}_table_0", f"{kind}_rows_0"
+        outputs.append(helper.make_tensor_value_info(rows, TensorProto.FLOAT16, [chosen, 128]))
+        if stored == "fp16":
+            content = rng.normal(size=(pool, 128)).astype(np.float16)
+            nodes.append(helper.make_node("Gather", [table, "where"], [rows], f"{rows}.Gather"))
+        else:
+            content = rng.integers(-127, 128, (pool, 128)).astype(np.int8)
+            scales = rng.uniform(0.01, 0.02, pool).astype(np.float16)
+            constants.append(numpy_helper.from_array(scales, f"{table}.scales"))
+            nodes += [
+                helper.make_node("Gather", [table, "where"], [f"{rows}.codes"]),
+                helper.make_node("Gather", [f"{table}.scales", "where"], [f"{rows}.scales"]),
+                helper.make_node("DequantizeLinear", [f"{rows}.codes", f"{rows}.scales"], [rows], axis=0),
+            ]
+        constants.append(numpy_helper.from_array(content, table))
+    energy = helper.make_tensor_value_info("ffn_energy_0", TensorProto.FLOAT, [pool])
+    graph = helper.make_graph(nodes, "gather", [energy], outputs, constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def write_bundle_manifest(root: Path, dialect: str, device: str, apart: bool = False, choosing: bool = False) -> None:
     """The manifest of `make_bundle`, listing what is there now."""
     whole = tuple(LayerInfo(i, 2, 256) for i in range(2))
     kept = (whole, *(tuple(LayerInfo(d.source_layer, d.num_key_value_heads, d.intermediate_size) for d in m.layers)
@@ -128,6 +168,9 @@ def write_bundle_manifest(root: Path, dialect: str, device: str, apart: bool = F
     if apart:
         cost = replace(tiers[0].cost, prefill=tiers[0].cost)
         tiers = (replace(tiers[0], prefill=PrefillInfo(1, "tiers/t0/prefill.onnx"), cost=cost), *tiers[1:])
+    if choosing:
+        selector = SelectorInfo("tiers/t0/gather.onnx", core=(128, 256), pool=(128, 0), chosen=(32, 0))
+        tiers = (replace(tiers[0], selector=selector, cost=replace(tiers[0].cost, gather_bytes=50_000)), *tiers[1:])
     names = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and p.name != "manifest.json")
     model = ModelInfo("tiny", "tests", "llama", 160, 128, 64, 2, CONTEXT, None, ())
     manifest = Manifest(

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from onnx import helper
 
 from eopc_compiler.board import engine_job
 from eopc_compiler.board.compilers import Compiler
 from eopc_compiler.board.engine_job import EngineJob, JobResult, run_job
-from eopc_compiler.board.engine_memory import build_bytes, check_memory
+from eopc_compiler.board.engine_memory import build_bytes, check_memory, graph_bytes
 from eopc_compiler.board.engine_set import EngineArgs, build_engines, check_graphs
 from eopc_compiler.board.engine_target import BuildTarget, check_dialect, device_engine
 from eopc_compiler.board.rules import RefusedGraphError
@@ -26,8 +27,9 @@ from eopc_runtime.engines import list_engine_sets, read_engines
 from eopc_runtime.errors import DeviceError
 from eopc_runtime.profiles import list_profiles
 
-from .conftest import with_a_foreign_operator
+from .conftest import gather_graph, with_a_foreign_operator
 
+SETTINGS = BuildSettings(256, 256, 32)
 ORIN = BuildTarget("orin", "tensorrt", "10.16.1", 87, gpu="Orin", driver="13.0")
 
 
@@ -36,6 +38,12 @@ def bundle(make_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A native bundle on an Orin."""
     monkeypatch.setattr("eopc_compiler.board.engine_set.resolve_target", lambda device, proxy: ORIN)
     return make_bundle(tmp_path / "b.eopc", "native", "orin")  # type: ignore[no-any-return]
+
+
+def unsorted(graph: Any) -> Any:
+    """A gather graph that takes the channels in any order."""
+    graph.graph.node[0].attribute.append(helper.make_attribute("sorted", 0))
+    return graph
 
 
 class Builds:
@@ -65,7 +73,7 @@ def test_tiers_share_shapes_and_one_timing_cache(bundle: Path) -> None:
     builds = Builds()
     build(bundle, builds, workspace_bytes=1 << 30)
     assert {job.timing_cache for job in builds.jobs} == {str(bundle.resolve() / "engines/orin-sm87/timing.cache")}
-    assert {job.settings for job in builds.jobs} == {BuildSettings(256, 256, 32, 1 << 30)}
+    assert {job.settings for job in builds.jobs} == {replace(SETTINGS, workspace_bytes=1 << 30)}
     assert [r.decomposed_attention for r in read_engines(bundle, "orin-sm87")] == [True, True, False]
 
 
@@ -141,22 +149,70 @@ def test_the_graphs_of_both_phases_are_held_against_the_rules(make_bundle: Any, 
         build(apart, Builds())
 
 
+@pytest.fixture
+def choosing(make_bundle: Any, bundle: Path, tmp_path: Path) -> Path:
+    """A native bundle on an Orin whose t0 chooses channels by its prompts."""
+    return make_bundle(tmp_path / "choosing.eopc", "native", "orin", choosing=True)  # type: ignore[no-any-return]
+
+
+def test_a_tier_that_chooses_has_three_engines(choosing: Path) -> None:
+    """Prefill, gather and decode, each with its record; attention is none of the second one's business."""
+    builds, said = Builds(), []
+    build_engines(EngineArgs(choosing, tiers=("t0",)), said.append, lambda _text: None, builds)
+    assert [(job.phase, job.graph) for job in builds.jobs] == [
+        ("prefill", "tiers/t0/prefill.onnx"),
+        ("gather", "tiers/t0/gather.onnx"),
+        ("decode", "tiers/t0/model.onnx"),
+    ]
+    records = {record.phase: record for record in read_engines(choosing, "orin-sm87")}
+    assert {phase: record.file for phase, record in records.items()} == {
+        phase: f"t0.{phase}.plan" for phase in ("prefill", "gather", "decode")
+    }
+    assert not records["gather"].decomposed_attention
+    assert len({record.fingerprint.settings_sha256 for record in records.values()}) == 3
+    (line,) = [line for line in said if line.startswith("t0 gather")]
+    assert "40 engine layers; peak memory" in line and "attention" not in line
+    assert len(build(choosing, Builds(), tiers=("t0",)).reused) == 3
+
+
+@pytest.mark.parametrize(
+    ("graph", "words"),
+    [
+        (
+            gather_graph(3840, 4096),
+            r"most\.TopK \(TopK\): count is 3840; TensorRT 10\.15.*rule topk-size.*larger units",
+        ),
+        (unsorted(gather_graph()), r"most\.TopK \(TopK\): sorted is 0; .*rule topk-sorted"),
+    ],
+    ids=["too many", "unsorted"],
+)
+def test_the_graph_that_gathers_is_held_against_the_rules(graph: Any, words: str, choosing: Path) -> None:
+    """TopK has limits, and they are known before anything is compiled."""
+    check_graphs(Bundle.open(choosing), Bundle.open(choosing).manifest.tiers, ORIN, SETTINGS)
+    replace_file(choosing, "tiers/t0/gather.onnx", graph.SerializeToString())
+    builds = Builds()
+    with pytest.raises(RefusedGraphError, match=r"graph of t0 gather breaks .*\n.*" + words):
+        build(choosing, builds)
+    assert builds.jobs == []
+
+
 def test_a_proxy_keeps_to_the_rules_of_its_device(make_bundle: Any, tmp_path: Path) -> None:
     """Native graphs pass TensorRT-RTX; as a proxy for JetPack 6 they would say nothing."""
     bundle = Bundle.open(make_bundle(tmp_path / "b.eopc", "native", "orin"))
     rtx = BuildTarget("orin", "tensorrt_rtx", "1.7.1.116", 86, proxy=True)
-    check_graphs(bundle, bundle.manifest.tiers, rtx, 256)
+    check_graphs(bundle, bundle.manifest.tiers, rtx, SETTINGS)
     pretended = Bundle(bundle.root, replace(bundle.manifest, dialect="primitive"), bundle.energy)
     with pytest.raises(RefusedGraphError, match=r"TensorRT 10\.3"):
-        check_graphs(pretended, bundle.manifest.tiers, rtx, 256)
+        check_graphs(pretended, bundle.manifest.tiers, rtx, SETTINGS)
 
 
 def test_graphs_are_held_against_the_rules_without_torch(bundle: Path) -> None:
     """On a board there is none, and no library of checkpoints either."""
     code = (
         "import sys; [sys.modules.__setitem__(n, None) for n in ('torch', 'transformers', 'safetensors', 'onnx_ir')];"
-        "from eopc_compiler.board.engine_set import BuildTarget, Bundle, check_graphs; b = Bundle.open(sys.argv[1]);"
-        "check_graphs(b, b.manifest.tiers, BuildTarget('orin', 'tensorrt', sys.argv[2], 87), 256)"
+        "from eopc_compiler.board.engine_set import BuildSettings, BuildTarget, Bundle, check_graphs;"
+        "b = Bundle.open(sys.argv[1]); target = BuildTarget('orin', 'tensorrt', sys.argv[2], 87);"
+        "check_graphs(b, b.manifest.tiers, target, BuildSettings(256, 256, 32))"
     )
     done = [subprocess.run([sys.executable, "-c", code, bundle, version], check=False, capture_output=True, text=True)
             for version in ("10.16.1", "10.3.0")]  # fmt: skip
@@ -198,6 +254,19 @@ def test_a_build_that_does_not_fit_is_refused_with_the_numbers(bundle: Path) -> 
     assert "takes about" in check_memory(manifest, tiers, False, tight)[0]
     assert "of swap" in check_memory(manifest, tiers, True, {**tight, "SwapFree": 1 << 20})[0]
     check_memory(manifest, tiers, True, {"MemAvailable": None, "SwapFree": None})
+
+
+def test_the_largest_graph_of_a_tier_decides_on_its_memory(choosing: Path) -> None:
+    """Tables to gather from are in the compute type; a prompt that runs through more weights than a step needs more."""
+    opened = Bundle.open(choosing)
+    manifest, info = opened.manifest, opened.manifest.tiers[0]
+    assert graph_bytes(manifest, info, "gather") == 3 * 128 * 128 * 2
+    table = manifest.model.vocab_size * 128 * 2
+    assert graph_bytes(manifest, info, "decode") == info.cost.weight_bytes + table
+    prompts = replace(info.cost, weight_bytes=2 * info.cost.weight_bytes, prefill=None, gather_bytes=0)
+    larger = replace(info, cost=replace(info.cost, prefill=prompts))
+    assert graph_bytes(manifest, larger, "prefill") == 2 * info.cost.weight_bytes + table
+    assert build_bytes(manifest, larger) == build_bytes(manifest, info) + 5 * info.cost.weight_bytes
 
 
 JOB = EngineJob("tensorrt_rtx", 86, "/nowhere", "x.onnx", "both", BuildSettings(64, 32, 32), 1, None, None)

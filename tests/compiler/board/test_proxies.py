@@ -25,9 +25,9 @@ PROXY = BuildTarget("orin", "tensorrt_rtx", "1.7.1", 86, proxy=True)
 
 
 @pytest.fixture
-def compiled(make_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def compiled(make_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
     """Runs the pass with a stand-in for the child process; returns what the manifest says of each tier."""
-    root = make_bundle(tmp_path / "b.eopc", "native", "orin")
+    root = make_bundle(tmp_path / "b.eopc", "native", "orin", **getattr(request, "param", {}))
     jobs: list[str] = []
 
     def run(outcome: Any = None, device: str = "orin", proxy: str = "ends") -> tuple[list[dict[str, Any]], list[str]]:
@@ -78,6 +78,17 @@ def test_a_second_build_takes_finished_proxies_from_the_cache(compiled: Any) -> 
     """All tiers once; then nothing is compiled again."""
     assert len(compiled(proxy="all")[1]) == 3
     assert len(compiled(proxy="all")[1]) == 3
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("compiled", [{"choosing": True}], indirect=True)
+def test_all_three_graphs_of_a_tier_that_chooses_are_compiled(compiled: Any) -> None:
+    """The one that gathers weights has no attention to fuse."""
+    notes, jobs = compiled()
+    assert jobs[:3] == [f"tiers/t0/{name}.onnx" for name in ("prefill", "gather", "model")]
+    assert [(e["phase"], e["decomposed_attention"]) for e in notes[0]["engines"]] == [
+        ("prefill", False), ("gather", False), ("decode", True),
+    ]  # fmt: skip
 
 
 @pytest.mark.usefixtures("installed")

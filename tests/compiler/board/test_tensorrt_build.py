@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from eopc_compiler.board.compilers import open_compiler
+from eopc_compiler.board.engine_job import EngineJob, run_job
 from eopc_compiler.board.tensorrt_build import (
     BuildSettings,
     BuiltPlan,
@@ -20,6 +22,8 @@ from eopc_compiler.board.tensorrt_build import (
 )
 from eopc_compiler.board.tensorrt_graph import prepare_for_tensorrt
 from eopc_runtime.errors import DeviceError, MissingExtraError
+
+from .conftest import gather_graph
 
 SETTINGS = BuildSettings(128, 64, 32)
 
@@ -99,6 +103,19 @@ def test_a_prompt_that_skips_layers_builds(dialect: str, target: int, make_tier:
     model = prepare_for_tensorrt(root, Path("tiers/t0/prefill.onnx"), SETTINGS.cache_len)
     plan = build_plan(rtx, model, root, target, SETTINGS, "prefill")
     assert (plan.profiles, plan.attention_layers) == (1, 1)
+
+
+@pytest.mark.parametrize(("stored", "opset"), [("fp16", 20), ("int8", 24)])
+def test_the_graph_that_gathers_weights_builds(stored: str, opset: int, rtx: Any, tmp_path: Path) -> None:
+    """In a child process, with its tables in a file beside it: one plan of fixed shapes, without attention."""
+    path = tmp_path / "gather.onnx"
+    graph = gather_graph(stored=stored, opset=opset)
+    onnx.save(graph, str(path), save_as_external_data=True, location="weights.bin", size_threshold=1024)
+    job = EngineJob(rtx.name, 86, str(tmp_path), path.name, "gather", SETTINGS, 100_000, str(tmp_path / "p.plan"), None)
+    built = run_job(job, lambda _text: None)
+    assert (tmp_path / "p.plan").stat().st_size == built.bytes > 3 * 128 * 128  # the tables are in it
+    assert (built.attention_layers, built.fallback) == (0, False)
+    assert built.layers >= 1
 
 
 def test_progress_is_tensorrts_own(make_tier: Any, rtx: Any) -> None:

@@ -14,6 +14,8 @@ from eopc_compiler.board import tensorrt_graph
 from eopc_compiler.board.tensorrt_graph import prepare_for_tensorrt
 from eopc_runtime.errors import BundleError
 
+from .conftest import gather_graph
+
 CACHE_LEN = 48
 KINDS = [
     ("int8", "native", "float16"),
@@ -121,6 +123,28 @@ def test_a_graph_without_caches_is_refused(tmp_path: Path) -> None:
         prepare_for_tensorrt(tmp_path, Path("x.onnx"), CACHE_LEN)
 
 
+def test_rows_are_gathered_from_a_dequantised_table(tmp_path: Path) -> None:
+    """As the embedding's: TensorRT gathers no int8 constant; the rows are the same, in the order of their energies."""
+    path = tmp_path / "gather.onnx"
+    onnx.save(gather_graph(stored="int8"), str(path))
+    model = prepare_for_tensorrt(tmp_path, Path("gather.onnx"), None)
+    assert [node.op_type for node in model.graph.node] == ["TopK", *["DequantizeLinear", "Gather"] * 3]
+    energies = np.random.default_rng(5).permutation(128).astype(np.float32)
+    before, after = (run({"ffn_energy_0": energies}, content) for content in (path.read_bytes(), model))
+    for name, rows in before.items():
+        np.testing.assert_array_equal(after[name], rows, err_msg=name)
+        assert rows.shape == (32, 128)
+    table = onnx.numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == "up_table_0"))
+    best = np.argsort(-energies)[:32]
+    assert (np.sign(before["up_rows_0"]) == np.sign(table[best])).all()
+
+
+def test_a_graph_that_gathers_has_no_open_shape(make_tier: Any) -> None:
+    """A tier's graph is not one, and neither is the other way round."""
+    with pytest.raises(BundleError, match=r"model\.onnx has input_ids of an open shape.*gathers weights"):
+        prepare_for_tensorrt(make_tier("fp16", "native", "float16", "t1"), GRAPH, None)
+
+
 def test_damaged_files_are_refused(tmp_path: Path, make_tier: Any) -> None:
     """A file that is not ONNX, and a weights.bin that is too short, give one sentence each."""
     (tmp_path / "x.onnx").write_bytes(b"no protobuf")
@@ -144,6 +168,16 @@ def test_one_cache_slot_is_a_programming_error(tmp_path: Path) -> None:
     """TensorRT would squeeze a dimension of one."""
     with pytest.raises(ValueError, match="at least two"):
         prepare_for_tensorrt(tmp_path, GRAPH, 1)
+
+
+def run(feeds: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Outputs of a model without files beside it, by name."""
+    import onnxruntime as ort
+
+    content = model if isinstance(model, bytes) else model.SerializeToString()
+    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
 
 
 def _shape(value: Any) -> list[int | str]:

@@ -87,6 +87,7 @@ def make_engines(tiny_bundle: Path, tmp_path: Path, fake_tensorrt: Any) -> MakeE
         tokens: int = 24,
         logits: int = 1,
         apart: tuple[str, ...] = (),
+        without: tuple[str, ...] = (),
         key: str = KEY,
         plan: dict[str, Any] | None = None,
         source: Path = tiny_bundle,
@@ -97,6 +98,7 @@ def make_engines(tiny_bundle: Path, tmp_path: Path, fake_tensorrt: Any) -> MakeE
         Args:
             tokens, logits: most of one prefill step.
             apart: tiers with an engine for each phase.
+            without: phases whose engines are left out.
             plan: changes to the plans, `changes` to the fingerprints.
             source: the bundle that is copied.
         """
@@ -107,13 +109,15 @@ def make_engines(tiny_bundle: Path, tmp_path: Path, fake_tensorrt: Any) -> MakeE
         folder = set_folder(root, key)
         folder.mkdir(parents=True)
         records = []
-        profiles = {"prefill": {"tokens": tokens, "logits": logits}, "decode": {"tokens": 1, "logits": 1}}
+        profiles = {"prefill": {"tokens": tokens, "logits": logits}, "decode": {"tokens": 1, "logits": 1}, "gather": {}}
         for info in bundle.manifest.tiers:
             graphs = phase_graphs(info)
             if info.tier in apart:
                 graphs = dict.fromkeys(("prefill", "decode"), info.graph)
             for phase, graph in graphs.items():
-                chosen = list(profiles.values()) if phase == "both" else [profiles[phase]]
+                if phase in without:
+                    continue
+                chosen = [profiles[name] for name in (("prefill", "decode") if phase == "both" else (phase,))]
                 file = plan_name(info.tier, phase)
                 made = {"graph": graph, "slots": slots, "profiles": chosen, **(plan or {})}
                 content = fake_tensorrt.make_plan(root.resolve(), **made)

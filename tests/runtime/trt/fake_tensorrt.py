@@ -128,6 +128,7 @@ class FakeEngine:
         self.inputs = {rename.get(x.name, x.name): x for x in self.session.get_inputs()}
         self.outputs = {x.name: x for x in self.session.get_outputs()}
         self.num_io_tensors = len(self.inputs) + len(self.outputs)
+        self.has_open_shapes = any(-1 in self.get_tensor_shape(name) for name in self.inputs)
         self.num_optimization_profiles = len(plan["profiles"])
         trt.live_engines += 1
 
@@ -174,7 +175,8 @@ class FakeContext:
 
     def __init__(self, trt: FakeTensorRt, logger: ILogger, engine: FakeEngine) -> None:
         self._trt, self._logger, self._engine = trt, logger, engine
-        self._profile: int | None = None
+        # an engine of fixed shapes has one profile, which need not be set
+        self._profile: int | None = None if engine.has_open_shapes else 0
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._scratch = (0, 0)
@@ -250,7 +252,8 @@ class FakeContext:
             nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
             feeds[value.name] = at(addresses[name], nbytes).view(dtype).reshape(shape)
         results = engine.session.run(None, feeds)
-        self._trt.runs.append((engine._plan["graph"], feeds["input_ids"].shape[1]))
+        tokens = feeds["input_ids"].shape[1] if "input_ids" in feeds else 0  # none are read where weights are gathered
+        self._trt.runs.append((engine._plan["graph"], tokens))
         for name, array in zip(engine.outputs, results, strict=True):
             flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             at(addresses[name], flat.nbytes)[:] = flat

@@ -6,6 +6,9 @@ when a tier with a larger need is loaded; `generation` tells a context that what
 **Caches.** A lower tier keeps the first KV heads of some of the upper tier's layers. At batch 1 the first heads of a
 buffer [1, heads, slots, head_dim] are its first bytes. So one arena, laid out for the dense tier, holds the cache of
 any tier at the same addresses, and handing a sequence down copies nothing.
+
+**Choices.** Behind the caches an arena has room for the largest choice of weights that a tier of the bundle makes by
+its prompt (see gather). It is one cache's at a time: what a tier handed down chose means nothing to another.
 """
 
 from __future__ import annotations
@@ -67,7 +70,9 @@ class TensorRtCache:
     length: int
     nbytes: int
     lease: Lease
-    stale: bool = False  # another tier's cache has written over tokens this one holds
+    stale: bool = False  # another tier's cache has written over tokens this one holds, or over its choice
+    choosing: bool = False  # the arena's room for a choice is this cache's
+    gathered: bool = False  # and holds the weights
 
     def __post_init__(self) -> None:
         self.lease.caches.add(self)
@@ -84,27 +89,36 @@ class TensorRtCache:
             if other is not self and other.length > self.length:
                 other.stale = True
 
+    def take_choice(self) -> None:
+        """Take the arena's room for a choice; caches of other tiers whose choice was in it become stale."""
+        for other in self.lease.caches:
+            other.stale = other.stale or other.choosing
+        self.choosing = True
+
 
 class Arena:
-    """Key and value buffers for every layer of the dense tier, in one allocation."""
+    """Key and value buffers for every layer of the dense tier, and room for a choice, in one allocation."""
 
-    def __init__(self, device: Device, layers: Sequence[LayerInfo], slots: int, head_bytes: int) -> None:
+    def __init__(
+        self, device: Device, layers: Sequence[LayerInfo], slots: int, head_bytes: int, choice_bytes: int = 0
+    ) -> None:
         """Allocate for `slots` tokens; `head_bytes` are those of one token's key in one head."""
         self._device = device
         self._offsets: dict[tuple[str, int], int] = {}  # by kind (k or v) and layer of the dense model
-        self.nbytes = 0
+        self.nbytes = 0  # of keys and values
         for layer in layers:
             for kind in "kv":
                 self._offsets[kind, layer.source_layer] = self.nbytes
                 self.nbytes += aligned(layer.kv_heads * slots * head_bytes)
-        self.base = device.allocate(self.nbytes, f"keys and values of {slots} tokens")
+        self.base = device.allocate(self.nbytes + choice_bytes, f"keys and values of {slots} tokens")
+        self.choice = self.base + self.nbytes
 
     def address(self, kind: str, source_layer: int) -> int:
         """Where the first head of a layer's keys (k) or values (v) begins."""
         return self.base + self._offsets[kind, source_layer]
 
     def clear(self, stream: int) -> None:
-        """Zero it: a slot that is masked out still takes part in products, and 0 x NaN is NaN."""
+        """Zero keys and values: a slot that is masked out still takes part in products, and 0 x NaN is NaN."""
         self._device.zero(self.base, self.nbytes, stream)
 
     def release(self) -> None:
@@ -116,10 +130,21 @@ class Arenas:
     """Arenas of a bundle, each leased to one sequence at a time and used again afterwards."""
 
     def __init__(
-        self, device: Device, stream: int, layers: Sequence[LayerInfo], slots: int, head_dim: int, dtype: np.dtype[Any]
+        self,
+        device: Device,
+        stream: int,
+        layers: Sequence[LayerInfo],
+        slots: int,
+        head_dim: int,
+        dtype: np.dtype[Any],
+        choice_bytes: int = 0,
     ) -> None:
-        """Hold the layout of the dense tier's layers; the first arena is made when it is first needed."""
-        self._device, self._stream = device, stream
+        """Hold the layout of the dense tier's layers; the first arena is made when it is first needed.
+
+        Args:
+            choice_bytes: of the largest choice that a tier makes by its prompt.
+        """
+        self._device, self._stream, self._choice_bytes = device, stream, choice_bytes
         self._layers, self.slots, self.head_bytes = tuple(layers), slots, head_dim * dtype.itemsize
         self._leases: list[tuple[Arena, weakref.ref[Lease] | None]] = []
 
@@ -129,7 +154,7 @@ class Arenas:
         if free:
             arena, _ = self._leases.pop(free[0])
         else:
-            arena = Arena(self._device, self._layers, self.slots, self.head_bytes)
+            arena = Arena(self._device, self._layers, self.slots, self.head_bytes, self._choice_bytes)
         lease = Lease(arena)
         self._leases.append((arena, weakref.ref(lease)))
         arena.clear(self._stream)

@@ -8,7 +8,7 @@ buffers, as TensorRT does lazy work in the first; where capture is refused, step
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,14 @@ class Workspace:
     command: str  # builds the engines again, for messages
     remarks: list[str] = field(default_factory=list)  # what a user should know of how things run
 
+    def require(self, done: bool, what: str, phase: str) -> None:
+        """Raise DeviceError, with TensorRT's own words, unless it did what a phase asked for."""
+        if not done:
+            raise DeviceError(
+                f"TensorRT did not {what} in the {phase} phase: {self.loader.last_words()}. "
+                f"Build the engine again: {self.command}"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class _Buffer:
@@ -56,14 +64,29 @@ class _Buffer:
 class Phase:
     """Runs tokens of one phase."""
 
-    def __init__(self, space: Workspace, engine: Engine, profile: int, name: str, *, graphs: bool) -> None:
-        """Make a context for a profile, and its buffers; `graphs` for the phase that repeats the same step.
+    def __init__(
+        self,
+        space: Workspace,
+        engine: Engine,
+        profile: int,
+        name: str,
+        *,
+        graphs: bool,
+        updated: Collection[str] = (),
+        read: Collection[str] = (),
+    ) -> None:
+        """Make a context for a profile, and its buffers.
+
+        Args:
+            graphs: for the phase that repeats the same step.
+            updated: inputs besides the caches that are written in place, by the output of the same name with `_out`.
+            read: inputs that lie in the arena too and are only read.
 
         Raises:
             BundleError: the engine is not one of eopc's graph contract.
             DeviceMemoryError: the GPU has no memory for it.
         """
-        check_feeds(engine, name)
+        check_feeds(engine, name, updated, read)
         self.name, self._space, self._engine, self._profile = name, space, engine, profile
         inputs = tensor_names(engine, "INPUT")
         *_, ids = engine.get_tensor_profile_shape("input_ids", profile)
@@ -73,7 +96,7 @@ class Phase:
             *_, index = engine.get_tensor_profile_shape(WANTED, profile)
             self.max_logits, self._vocab = int(index[0]), int(engine.get_tensor_shape(LOGITS)[2])
         self._feeds = tuple(n for n in FEEDS if n in inputs)
-        self._caches = tuple(n for n in inputs if CACHE in n)
+        self._held = tuple(n for n in (*inputs, *tensor_names(engine, "OUTPUT")) if n not in (*FEEDS, LOGITS))
         self.slots = int(engine.get_tensor_shape("attn_mask")[3])
         space.scratch.reserve(engine.get_device_memory_size_for_profile_v2(profile))
         self._context: Context = space.loader.new_context(engine, space.command)
@@ -99,7 +122,7 @@ class Phase:
 
         Args:
             arena: what the addresses lie in.
-            addresses: of every cache input; the output of the same name is bound to the same place.
+            addresses: of every input that is no feed; the output of the same name is bound to the same place.
 
         Raises:
             DeviceLostError: the GPU is gone.
@@ -179,9 +202,9 @@ class Phase:
             self._require(self._context.set_input_shape(name, shapes[name]), f"take {name} of shape {shapes[name]}")
         for name, buffer in self._buffers.items():
             self._require(self._context.set_tensor_address(name, buffer.address), f"bind {name}")
-        for name in self._caches:
-            for end in (name, f"{name}_out"):  # one address: the engine writes the cache where it lies
-                self._require(self._context.set_tensor_address(end, addresses[name]), f"bind {end}")
+        for name in self._held:  # an input and its output have one address: the engine writes the cache where it lies
+            address = addresses[name.removesuffix("_out")]
+            self._require(self._context.set_tensor_address(name, address), f"bind {name}")
         self._bound = key
 
     def _enqueue(self) -> None:
@@ -214,22 +237,22 @@ class Phase:
         self._graph = None
 
     def _require(self, done: bool, what: str) -> None:
-        if not done:
-            raise DeviceError(
-                f"TensorRT did not {what} in the {self.name} phase: {self._space.loader.last_words()}. "
-                f"Build the engine again: {self._space.command}"
-            )
+        self._space.require(done, what, self.name)
 
 
-def check_feeds(engine: Engine, name: str) -> None:
-    """Raise BundleError unless an engine's inputs and outputs are those of the graph contract."""
-    inputs, outputs = tensor_names(engine, "INPUT"), tensor_names(engine, "OUTPUT")
-    caches = {n for n in inputs if CACHE in n}
-    asked = {LOGITS} & set(outputs)  # with them, which ones are wanted
+def check_feeds(engine: Engine, name: str, updated: Collection[str] = (), read: Collection[str] = ()) -> None:
+    """Raise BundleError unless an engine's inputs and outputs are those of the graph contract; see `Phase`."""
+    held = {*updated, *(n for n in tensor_names(engine, "INPUT") if CACHE in n)}
+    asked = {LOGITS} & set(tensor_names(engine, "OUTPUT"))  # with them, which ones are wanted
     feeds = FEEDS if asked else [n for n in FEEDS if n != WANTED]
-    expected = {*feeds, *caches}, {*asked, *(f"{n}_out" for n in caches)}
-    if (set(inputs), set(outputs)) != expected:
-        odd = sorted(set(inputs) ^ expected[0] | set(outputs) ^ expected[1])
+    check_tensors(engine, name, {*feeds, *held, *read}, {*asked, *(f"{n}_out" for n in held)})
+
+
+def check_tensors(engine: Engine, name: str, inputs: Collection[str], outputs: Collection[str]) -> None:
+    """Raise BundleError unless an engine has exactly these inputs and outputs."""
+    found = set(tensor_names(engine, "INPUT")), set(tensor_names(engine, "OUTPUT"))
+    if found != (set(inputs), set(outputs)):
+        odd = sorted(found[0] ^ set(inputs) | found[1] ^ set(outputs))
         raise BundleError(
             f"the engine for {name} has other inputs and outputs than this eopc binds ({', '.join(odd[:5])}). "
             "Build the bundle and its engines with the same version of eopc."

@@ -15,8 +15,9 @@ import numpy as np
 from eopc_runtime.bundle import Bundle, TierInfo
 from eopc_runtime.engines import EngineRecord, check_plan_file, set_folder
 from eopc_runtime.errors import BundleError, DeviceLostError, DeviceMemoryError
-from eopc_runtime.runners.tensorrt.api import Loader
+from eopc_runtime.runners.tensorrt.api import Engine, Loader
 from eopc_runtime.runners.tensorrt.cuda import Device
+from eopc_runtime.runners.tensorrt.gather import Choice, Gather, check_choice
 from eopc_runtime.runners.tensorrt.memory import Arenas, Scratch
 from eopc_runtime.runners.tensorrt.phase import Phase, Workspace
 from eopc_runtime.runners.tensorrt.tier import TensorRtTier, check_caches
@@ -49,7 +50,10 @@ class TensorRtPool:
         self._space = Workspace(device, stream, loader, Scratch(device, stream), command)
         manifest = bundle.manifest
         dtype = np.dtype(manifest.compute_dtype)
-        self._arenas = Arenas(device, stream, manifest.tiers[0].layers, self.slots, manifest.model.head_dim, dtype)
+        self._choices = {info.tier: Choice(manifest, info) for info in manifest.tiers if info.selector}
+        room = max((choice.nbytes for choice in self._choices.values()), default=0)
+        layers, head_dim = manifest.tiers[0].layers, manifest.model.head_dim
+        self._arenas = Arenas(device, stream, layers, self.slots, head_dim, dtype, room)
         self._loaded: OrderedDict[str, TensorRtTier] = OrderedDict()
         self._verified: set[str] = set()
 
@@ -101,29 +105,46 @@ class TensorRtPool:
         return self._load(info)
 
     def _load(self, info: TierInfo) -> TensorRtTier:
+        records, choice = self._records[info.tier], self._choices.get(info.tier)
+        gather = self._load_gather(records["gather"], choice) if choice else None
         phases: dict[str, Phase] = {}
         try:
-            for phase, record in self._records[info.tier].items():
-                phases.update(self._load_plan(info, phase, record))
+            for phase, record in records.items():
+                if phase != "gather":
+                    phases.update(self._load_phases(info, phase, record, choice))
         except Exception:
             for made in phases.values():
                 made.close()
             raise
-        return TensorRtTier(self._bundle.manifest, info, phases["prefill"], phases["decode"], self._arenas)
+        return TensorRtTier(self._bundle.manifest, info, phases["prefill"], phases["decode"], self._arenas, gather)
 
-    def _load_plan(self, info: TierInfo, phase: str, record: EngineRecord) -> dict[str, Phase]:
-        """The phases of one plan, each with a context of its own."""
+    def _load_plan(self, record: EngineRecord) -> Engine:
+        """Read a plan whose file is whole."""
         assert record.file is not None, "proxies were refused when the set was chosen"
         check_plan_file(self._bundle.root, self._key, record, verify=record.file not in self._verified)
         self._verified.add(record.file)
-        space = self._space
-        engine = space.loader.load(set_folder(self._bundle.root, self._key) / record.file, space.command)
+        plan = set_folder(self._bundle.root, self._key) / record.file
+        return self._space.loader.load(plan, self._space.command)
+
+    def _load_gather(self, record: EngineRecord, choice: Choice) -> Gather:
+        """The engine that gathers what a prompt favours."""
+        engine = self._load_plan(record)
+        check_choice(engine, choice, record.tier, self._space.command)
+        return Gather(self._space, engine, f"{record.tier} gather", choice)
+
+    def _load_phases(self, info: TierInfo, phase: str, record: EngineRecord, choice: Choice | None) -> dict[str, Phase]:
+        """The phases of one plan, each with a context of its own."""
+        space, engine = self._space, self._load_plan(record)
         check_caches(engine, self._bundle.manifest, info, self.slots, space.command)
+        if choice is not None:
+            check_choice(engine, choice, info.tier, space.command)
+        held = {"prefill": {"updated": choice.recorded}, "decode": {"read": choice.rows}} if choice else {}
         names = ("prefill", "decode") if phase == "both" else (phase,)
         made: dict[str, Phase] = {}
         try:
             for profile, name in enumerate(names):
-                made[name] = Phase(space, engine, profile, f"{info.tier} {name}", graphs=name == "decode")
+                title, graphs = f"{info.tier} {name}", name == "decode"
+                made[name] = Phase(space, engine, profile, title, graphs=graphs, **held.get(name, {}))
         except Exception:
             for part in made.values():
                 part.close()
@@ -142,8 +163,11 @@ def records_by_tier(records: Sequence[EngineRecord]) -> dict[str, dict[str, Engi
 def check_set(bundle: Bundle, key: str, tiers: dict[str, dict[str, EngineRecord]], command: str) -> int:
     """Return the cache slots of a complete set; BundleError when it is not complete or engines do not go together."""
     for info in bundle.manifest.tiers:
-        if set(tiers.get(info.tier, ())) not in ({"both"}, {"prefill", "decode"}):
-            raise BundleError(f"the engines of {key} have none for {info.tier}. Build them: {command}")
+        complete = [{"prefill", "gather", "decode"}] if info.selector else [{"both"}, {"prefill", "decode"}]
+        found = set(tiers.get(info.tier, ()))
+        if found not in complete:
+            lacking = [f"{info.tier} {phase}" for phase in sorted(complete[-1] - found) if found] or [info.tier]
+            raise BundleError(f"the engines of {key} have none for {' and '.join(lacking)}. Build them: {command}")
     slots = {record.cache_len for phases in tiers.values() for record in phases.values()}
     if len(slots) > 1:
         raise BundleError(

@@ -10,6 +10,7 @@ from eopc_runtime.bundle import LayerInfo, Manifest, TierInfo
 from eopc_runtime.errors import BundleError
 from eopc_runtime.runners.base import Logits, Wanted, adoption, check_room
 from eopc_runtime.runners.tensorrt.api import Engine, numpy_dtype, tensor_names
+from eopc_runtime.runners.tensorrt.gather import Gather
 from eopc_runtime.runners.tensorrt.memory import Arena, Arenas, TensorRtCache
 from eopc_runtime.runners.tensorrt.phase import CACHE, LOGITS, Phase
 
@@ -17,14 +18,23 @@ from eopc_runtime.runners.tensorrt.phase import CACHE, LOGITS, Phase
 class TensorRtTier:
     """Executes one tier; see `TierRunner`."""
 
-    def __init__(self, manifest: Manifest, info: TierInfo, prefill: Phase, decode: Phase, arenas: Arenas) -> None:
-        """Hold the phases of a tier, which may belong to one engine or to two."""
+    def __init__(
+        self,
+        manifest: Manifest,
+        info: TierInfo,
+        prefill: Phase,
+        decode: Phase,
+        arenas: Arenas,
+        gather: Gather | None = None,
+    ) -> None:
+        """Hold the phases of a tier, which may belong to one engine or to two, and what gathers weights for it."""
         self.tier, self._prefill, self._decode, self._arenas = info.tier, prefill, decode, arenas
+        self._gather = gather
         self._ladder = {t.tier: t.layers for t in manifest.tiers}
         self._layers = info.layers
         self._context = min(manifest.context, arenas.slots)
         heads = sum(layer.kv_heads for layer in info.layers)
-        self._cache_bytes = 2 * heads * arenas.slots * arenas.head_bytes
+        self._cache_bytes = 2 * heads * arenas.slots * arenas.head_bytes + (gather.choice.nbytes if gather else 0)
 
     def new_cache(self) -> TensorRtCache:
         """See `TierRunner.new_cache`."""
@@ -36,6 +46,8 @@ class TensorRtTier:
             raise ValueError(f"a cache of {cache.tier} was given to {self.tier}; adopt() it first")
         check_room(cache.length, len(tokens), self._context)
         cache.claim()
+        if self._gather is not None:
+            self._choose(cache, self._gather)
         longest = min(self._prefill.max_tokens, self._prefill.max_logits if logits == "all" else self._context)
         if self._prefill.fills:
             longest = 1  # the whole model is in the decode phase only
@@ -50,10 +62,12 @@ class TensorRtTier:
             return self.forward(cache, tokens)
         check_room(cache.length, len(tokens), self._context)
         cache.claim()
-        arena, longest, skipping = cache.lease.arena, self._prefill.max_tokens, tokens[:-1]
+        if self._gather is not None:
+            self._begin_choice(cache, self._gather)
+        longest, skipping = self._prefill.max_tokens, tokens[:-1]
         for start in range(0, len(skipping), longest):
             chunk = skipping[start : start + longest]
-            self._prefill.run(arena, cache_addresses(arena, self._layers), cache.length, chunk, ())
+            self._prefill.run(cache.lease.arena, self._addresses(cache), cache.length, chunk, ())
             cache.length += len(chunk)
         return self.forward(cache, tokens[-1:])
 
@@ -74,10 +88,28 @@ class TensorRtTier:
     def _append(self, cache: TensorRtCache, tokens: Sequence[int], logits: Wanted) -> Logits:
         phase = self._decode if len(tokens) == 1 else self._prefill
         wanted = range(len(tokens)) if logits == "all" else (len(tokens) - 1,)
-        arena = cache.lease.arena
-        out = phase.run(arena, cache_addresses(arena, self._layers), cache.length, tokens, wanted)
+        out = phase.run(cache.lease.arena, self._addresses(cache), cache.length, tokens, wanted)
         cache.length += len(tokens)
         return out
+
+    def _begin_choice(self, cache: TensorRtCache, gather: Gather) -> None:
+        """Let a cache choose by energies of its own, which begin with none."""
+        if not cache.choosing:
+            cache.take_choice()
+            gather.clear(cache.lease.arena)
+
+    def _choose(self, cache: TensorRtCache, gather: Gather) -> None:
+        """Gather the weights of a sequence, unless it has them already."""
+        self._begin_choice(cache, gather)
+        if not cache.gathered:
+            gather.run(cache.lease.arena)
+            cache.gathered = True
+
+    def _addresses(self, cache: TensorRtCache) -> Mapping[str, int]:
+        """Where everything lies that the phases read and write of a sequence, by input."""
+        arena = cache.lease.arena
+        caches = cache_addresses(arena, self._layers)
+        return {**caches, **self._gather.choice.addresses(arena)} if self._gather else caches
 
 
 def cache_addresses(arena: Arena, layers: Sequence[LayerInfo]) -> Mapping[str, int]:
