@@ -367,7 +367,8 @@ def check_operators(state: CompileState) -> CompileState:
     if lists := lists_for(state.profile.name, state.dialect.name):
         for index, graphs in enumerate(state.graphs):
             for graph in graphs.in_bundle(index).values():
-                require_allowed(outline_for_tensorrt(graph, state.args.context), lists, f"t{index}")
+                slots = None if graph == graphs.gather else state.args.context
+                require_allowed(outline_for_tensorrt(graph, slots), lists, f"t{index}")
     return state
 
 

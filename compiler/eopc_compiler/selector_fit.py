@@ -101,6 +101,13 @@ def fit_selector(
 
 
 @torch.no_grad()
+def unfitted(model: Llama, selector: Selector, batches: Sequence[Batch], prompt: int) -> tuple[FittedChannels, ...]:
+    """The same without a fit: the maps as they are, and what ranks the channels."""
+    layers = enumerate(_prompts(model, batches, prompt))
+    return tuple(_unfitted(model.blocks[i], selector, i, energies, batches, prompt) for i, (_, energies) in layers)
+
+
+@torch.no_grad()
 def selected_losses(
     model: Llama, selector: Selector, fitted: Sequence[FittedChannels], batches: Sequence[Batch], prompt: int
 ) -> list[Tensor]:
