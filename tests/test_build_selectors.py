@@ -155,9 +155,9 @@ def test_rows_are_those_of_the_largest_utilities(bundle: Bundle, info: TierInfo)
         if not count:
             continue
         name = f"model.layers.{i}.mlp.pool"
-        utility = (cache.chosen.energies[f"ffn_energy_{i}"] + held[f"{name}.prior.data"]) * held[f"{name}.weight.data"]
+        utility = (cache.chosen.energies[f"ffn_energy_{i}"] + held[f"{name}.prior"]) * held[f"{name}.weight"]
         ids = np.argsort(-utility, kind="stable")[:count]
-        assert np.array_equal(rows(cache)[f"gate_rows_{i}"], held[f"{name}.gate_rows.data"][ids])
+        assert np.array_equal(rows(cache)[f"gate_rows_{i}"], held[f"{name}.gate_rows"][ids])
 
 
 def test_nothing_in_its_graphs_depends_on_the_data_in_shape(bundle: Bundle, info: TierInfo) -> None:

@@ -72,7 +72,8 @@ def split(mask: Mask, full: Mask, align: int) -> Selector:
     cores, pools, chosen = list[int](), list[int](), list[int]()
     for d, whole in zip(mask.layers, full.layers, strict=True):
         core = max(int(d.intermediate_size * (1 - CHOSEN_SHARE)) // align, 1) * align
-        pool, n = whole.intermediate_size - core, d.intermediate_size - core
+        n = d.intermediate_size - core
+        pool = whole.intermediate_size - core if n else 0
         if d == whole:
             core, pool, n = d.intermediate_size, 0, 0
         cores.append(core)
