@@ -1,7 +1,7 @@
 """Channels chosen by the prompt, measured: loss at the same bytes as fixed ones, and speed.
 
-    python benchmarks/selectors.py loss  --corpora FOLDER     nats added to continuations, 75 % of the FFN in decode
-    python benchmarks/selectors.py speed BUNDLE               decode steps and gathering of a choosing tier against t0
+    python benchmarks/channels.py loss  --corpora FOLDER     nats added to continuations, 75 % of the FFN in decode
+    python benchmarks/channels.py speed BUNDLE               decode steps and gathering of a choosing tier against t0
 
 Losses are of 128-token continuations behind the whole model's cache of 384-token prompts, above the dense model's, in
 fp32, on documents of FOLDER (benchmarks/corpora.py says how it is laid out) that nothing was calibrated on. Calibration
