@@ -80,8 +80,9 @@ def test_the_tier_keeps_all_layers_and_stands_before_the_static_one(bundle: Bund
     t0, *_, last = bundle.manifest.tiers
     assert info.budget_j == last.budget_j and info.energy_j <= info.budget_j
     assert len(info.layers) == len(t0.layers) == info.prefill.depth
-    assert [c + p for c, p in zip(info.selector.core, info.selector.pool, strict=True)] == [FFN] * 4
-    assert any(0 < n < p for n, p in zip(info.selector.chosen, info.selector.pool, strict=True))
+    counts = list(zip(info.selector.core, info.selector.pool, info.selector.chosen, strict=True))
+    assert any(n for *_, n in counts)
+    assert all(core + pool == FFN and n < pool if n else pool == 0 for core, pool, n in counts)
     assert {Path(g).name for g in info.graphs} == {"prefill.onnx", "gather.onnx", "decode.onnx"}
     assert info.params < t0.params
 

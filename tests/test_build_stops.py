@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the compiler extra is not installed")
 
-from eopc_compiler import pipeline
+from eopc_compiler import tier_graphs
 from eopc_compiler.build import build, restore_old
 from eopc_compiler.cache import StageCache
 from eopc_compiler.weights import WeightWriter
@@ -32,7 +32,7 @@ def test_an_interrupted_build_leaves_nothing_and_resumes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline, "export_tier", interrupt)
+        patch.setattr(tier_graphs, "export_tier", interrupt)
         build(args)
     assert not args.output.exists()
     said: list[str] = []
@@ -50,12 +50,12 @@ def test_a_wrong_graph_stops_the_build_and_keeps_the_old_bundle(
     args = build_settings(tiny_checkpoint, tmp_path / "out", budgets_j=(2.0,))
     build(args)
     before = (args.output / "manifest.json").read_bytes()
-    real = pipeline.export_tier
+    real = tier_graphs.export_tier
 
     def broken(config: Any, *rest: Any) -> None:
         real(replace(config, rms_norm_eps=1.0), *rest)
 
-    monkeypatch.setattr(pipeline, "export_tier", broken)
+    monkeypatch.setattr(tier_graphs, "export_tier", broken)
     with pytest.raises(ParityError, match="differs from PyTorch"):
         build(args)
     assert (args.output / "manifest.json").read_bytes() == before
@@ -92,7 +92,7 @@ def test_a_full_disk_is_recognised_through_a_library_s_own_error(
 
     args = build_settings(tiny_checkpoint, tmp_path / "out", budgets_j=(2.0,))
     for function, kind, said in ((other, RuntimeError, "a bug"), (wrapped, EopcError, "disk is full")):
-        monkeypatch.setattr(pipeline, "export_tier", function)
+        monkeypatch.setattr(tier_graphs, "export_tier", function)
         with pytest.raises(kind, match=said):
             build(args)
     assert list(tmp_path.iterdir()) == []

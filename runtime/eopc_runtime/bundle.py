@@ -350,8 +350,8 @@ def check_ladder(tiers: tuple[TierInfo, ...], num_hidden_layers: int) -> None:
                 f"{num_hidden_layers}, not {indexes}. Build the bundle again."
             )
         if i:  # nobody goes down to a tier that reads its own prompts, but everybody may go down from one
-            above = tiers[0] if tier.selector else [t for t in tiers[:i] if not t.selector][-1]
-            _check_nested(above, tier)
+            handing_down = [tiers[0], *(t for t in tiers[1:i] if not t.selector)]
+            _check_nested(tiers[0] if tier.selector else handing_down[-1], tier)
         if tier.selector and len(tier.layers) != len(tiers[0].layers):
             raise BundleError(f"{MANIFEST_NAME}: {tier.tier} chooses channels, but leaves layers out. Build it again.")
 

@@ -15,6 +15,7 @@ from eopc_compiler import pipeline
 from eopc_compiler.board.rules import RefusedGraphError, all_lists, check_graph, list_of, lists_for
 from eopc_compiler.board.tensorrt_graph import outline_for_tensorrt, prepare_for_tensorrt
 from eopc_compiler.dialects import DIALECTS
+from eopc_compiler.tier_graphs import TierGraphs
 from eopc_runtime.errors import BundleError
 from eopc_runtime.profiles import list_profiles
 
@@ -146,13 +147,10 @@ def test_a_build_stops_at_a_graph_that_the_device_refuses(make_tier: Any, tmp_pa
 
     def check(device: str, *graphs: Path, **prompts: Path) -> None:
         args, profile = SimpleNamespace(context=CACHE_LEN), SimpleNamespace(name=device)
+        tiers = [TierGraphs(graph, prompts.get(f"t{i}")) for i, graph in enumerate(graphs)]
         pipeline.check_operators(
             SimpleNamespace(  # type: ignore[arg-type]
-                args=args,
-                profile=profile,
-                dialect=DIALECTS["primitive"],
-                graphs=graphs,
-                prompt_graphs=dict(enumerate(prompts.values())),
+                args=args, profile=profile, dialect=DIALECTS["primitive"], graphs=tiers
             )
         )
 
@@ -163,7 +161,7 @@ def test_a_build_stops_at_a_graph_that_the_device_refuses(make_tier: Any, tmp_pa
     ):
         check("orin", sound, broken)
     with pytest.raises(RefusedGraphError, match="graph of t0 breaks"):
-        check("orin", sound, prompt_of_t0=broken)
+        check("orin", sound, t0=broken)
 
 
 def test_every_emitted_violation_is_listed_up_to_a_limit(make_tier: Any) -> None:
