@@ -51,6 +51,16 @@ def allocate(
     return counts
 
 
+def last_slope(curve: Curve, taken: int) -> float:
+    """Loss per parcel of the last of `taken` parcels, on the lower convex hull; 0 where none is taken."""
+    slope, left = 0.0, taken
+    for rise, length in _hull(curve):
+        if left <= 0:
+            break
+        slope, left = rise, left - length
+    return slope
+
+
 def _hull(curve: Curve) -> list[tuple[float, int]]:
     """(slope, parcels) of the lower convex hull of a curve through the origin, slopes ascending."""
     points = [(0, 0.0), *((i + 1, e) for i, e in enumerate(curve))]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from eopc_compiler.allocate import Curve, Key, allocate
+from eopc_compiler.allocate import Curve, Key, allocate, last_slope
 from eopc_compiler.config import LayerDims
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
@@ -277,6 +277,24 @@ def shrink_to_budget(
             return smaller
         excess += left + 1e-9
     return None
+
+
+def dual(mask: Mask, curves: Sequence[LayerCurves], price: Price, align: int) -> float:
+    """λ of a tier, nats per joule: the loss added per joule saved by the dearest cut into its layers; 0 without any.
+
+    One λ for the whole model: `shrink_to_budget` cuts wherever a joule costs less than it, so a smaller budget has a
+    larger λ. A layer's loss per joule is that of its last cut on the convex hull of its curve.
+    """
+    found = 0.0
+    for kind, parcel in (("kv_groups", 1), ("ffn", align)):
+        saved_j = max(price(mask) - price(_less_one(mask, kind, parcel)), 1e-12)
+        for d in mask.layers:
+            c = curves[d.source_layer]
+            whole, errors = (c.dims.num_key_value_heads, c.kv_errors), (c.dims.intermediate_size, c.ffn_errors)
+            units, curve = whole if kind == "kv_groups" else errors
+            kept = d.num_key_value_heads if kind == "kv_groups" else d.intermediate_size
+            found = max(found, last_slope(curve, (units - kept) // parcel) / saved_j)
+    return found
 
 
 def smallest_mask(mask: Mask, curves: Sequence[LayerCurves], align: int) -> Mask:

@@ -21,6 +21,8 @@ from eopc_compiler.assemble import load_prompt_pass, load_selector, load_tier
 from eopc_compiler.importance import Report
 from eopc_compiler.ladder import keep_shares, mask_to_json, parameter_count, tier_config
 from eopc_compiler.parity import PROMPT, STEPS, Reference, check_parity
+from eopc_compiler.planner import TierPlan, dual
+from eopc_compiler.pricing import plan_energy
 from eopc_compiler.state import CompileState
 from eopc_compiler.tier_graphs import ANSWER, DECODE, GATHER, tier_path
 from eopc_compiler.tier_graphs import PROMPT as PROMPT_GRAPH
@@ -66,6 +68,7 @@ def write_plan(state: CompileState) -> Path:
                 "energy_saved_j": dense.energy_j - t.energy_j,
                 "selection_loss": t.loss,
                 "loss_added": t.loss - dense.loss,
+                "nats_per_joule": _dual(state, t),
                 "note": t.note,
                 "plan": f"t{i}" if t.prefill == i else f"t{t.prefill}>t{i}",
                 "prefill_depth": t.depth,
@@ -85,6 +88,15 @@ def write_plan(state: CompileState) -> Path:
     partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
     partial.replace(path)
     return path
+
+
+def _dual(state: CompileState, tier: TierPlan) -> float | None:
+    """λ of a tier whose widths follow the curves; None where masks are given."""
+    assert state.observations and state.storage
+    storage = state.storage
+    if state.args.masks or not all(c.ffn_errors for c in state.observations.curves):
+        return None
+    return dual(tier.run, state.observations.curves, lambda mask: plan_energy(state, mask, storage), state.align)
 
 
 def stage_bundle(state: CompileState) -> CompileState:

@@ -19,6 +19,7 @@ from eopc_compiler.ladder import Mask
 from eopc_compiler.planner import (
     Objective,
     TierPlan,
+    dual,
     layer_steps,
     plan_ladder,
     plan_masks,
@@ -310,3 +311,27 @@ def test_a_given_mask_above_its_budget_is_refused() -> None:
     full, mask = Mask((LayerDims(0, 2, 8),)), Mask((LayerDims(0, 2, 6),))
     with pytest.raises(BudgetError, match=r"mask 1 needs .* above its budget"):
         plan_masks(full, [mask], [price(mask) - 0.01], price)
+
+
+@given(st.lists(st.lists(st.floats(0.01, 5.0), min_size=3, max_size=6), min_size=2, max_size=4))
+@settings(deadline=None, max_examples=60)
+def test_one_dual_variable_rises_as_budgets_fall(steps: list[list[float]]) -> None:
+    """Ê(λ) is monotone: a tier of fewer joules was cut at a larger λ, and the whole model at none."""
+    case = Case([layer(i, [], sorted(errors)) for i, errors in enumerate(steps)])
+    floor, full = price(smallest_mask(case.full, case.curves, ALIGN)), price(case.full)
+    floor = max(floor, full - 0.1 * ALIGN * sum(len(errors) for errors in steps))
+    found = list[tuple[float, float]]()
+    for share in (1.0, 0.8, 0.6, 0.4, 0.2, 0.0):
+        mask = shrink_to_budget(case.full, floor + share * (full - floor) + HAIR, case.curves, price, ALIGN)
+        assert mask is not None
+        found.append((price(mask), dual(mask, case.curves, price, ALIGN)))
+    assert found[0] == (pytest.approx(full), 0.0)
+    assert all(a[0] >= b[0] - HAIR and a[1] <= b[1] * (1 + 1e-9) for a, b in pairwise(found))
+
+
+def test_the_dual_variable_is_loss_per_joule_of_the_dearest_cut() -> None:
+    """Two parcels of 0.2 J each are gone from a layer; the second of them cost 0.3 nats: 1.5 nats per joule."""
+    case = Case([layer(0, [], [0.1, 0.3, 0.9]), layer(1, [], [2.0, 3.0])])
+    mask = shrink_to_budget(case.full, price(case.full) - 0.4 + HAIR, case.curves, price, ALIGN)
+    assert mask is not None
+    assert dual(mask, case.curves, price, ALIGN) == pytest.approx(0.3 / 0.2)
