@@ -117,7 +117,7 @@ def export_prompt_pass(
 
 
 def export_selector(config: LlamaConfig, selector: Selector, target: Target, table: WeightTable, path: Path) -> None:
-    """Write the graph that gathers the chosen channels' weights; `table` has what `extras.selector_entries` wrote."""
+    """Write the graph that gathers the chosen channels' weights; `table` has what `TierExtras.write_selector` wrote."""
     _write(trace_selector(config, selector, target), config, target, table, path)
 
 

@@ -20,11 +20,11 @@ from eopc_compiler.prompt_cache import PromptCache
 from eopc_compiler.quantize import Quantized
 from eopc_compiler.sequences import (
     Past,
+    add_attention,
     add_output,
     fast_math,
     ffn_inputs,
     next_token_losses,
-    run_attention,
     run_layer,
 )
 from eopc_compiler.surgery import Moments, repair, sum_moments
@@ -157,7 +157,7 @@ def repair_tier(
                 pasts = [inherited(past, dims.num_key_value_heads) for past in entered]
             dense = [_through(model, index, x) for x in dense]
         done = following
-        middle = [_attended(tier, layer, x, past) for x, past in zip(ours, pasts, strict=True)]
+        middle = [add_attention(tier, layer, x, past) for x, past in zip(ours, pasts, strict=True)]
         inputs = [ffn_inputs(layer, x) for x in middle]
         if needs_repair(mask, position, model):
             targets = [d[:, prompt:] - x for d, x in zip(dense, middle, strict=True)]
@@ -216,8 +216,3 @@ def _set_output(output: Projection, weight: Tensor | Quantized | None, bias: Ten
 def _through(model: Llama, index: int, x: Tensor) -> Tensor:
     with fast_math():
         return run_layer(model, model.blocks[index], x).float()
-
-
-def _attended(tier: Llama, layer: Block, x: Tensor, past: Past) -> Tensor:
-    with fast_math():
-        return run_attention(tier, layer, x, past)

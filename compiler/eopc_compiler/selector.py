@@ -44,7 +44,8 @@ class Selector:
     @property
     def recorded(self) -> tuple[Pool | None, ...]:
         """The same, one entry a layer."""
-        return tuple(self.pools.get(i) for i in range(len(self.core)))
+        pools = self.pools
+        return tuple(pools.get(i) for i in range(len(self.core)))
 
 
 class PoolRows(nn.Module):
@@ -59,13 +60,10 @@ class PoolRows(nn.Module):
             setattr(self, name, nn.Parameter(torch.empty(pool), requires_grad=False))
 
     def forward(self, energy: Tensor) -> ChannelRows:
-        ids = torch.topk(self.utility(energy), self.chosen).indices
+        ranks = utility(energy, cast(Tensor, self.prior), cast(Tensor, self.weight))
+        ids = torch.topk(ranks, self.chosen).indices
         gate, up, down = (cast(nn.Parameter, getattr(self, f"{name}_rows")) for name in ("gate", "up", "down"))
         return torch.index_select(gate, 0, ids), torch.index_select(up, 0, ids), torch.index_select(down, 0, ids)
-
-    def utility(self, energy: Tensor) -> Tensor:
-        """u [..., pool] of energies [..., pool]."""
-        return (energy + cast(Tensor, self.prior)) * cast(Tensor, self.weight)
 
 
 class ChannelSelector(nn.Module):
@@ -89,6 +87,11 @@ class ChannelSelector(nn.Module):
         """Rows by layer, from the energies [pool] of the layers that have one."""
         given = iter(energies)
         return [self.pool(i)(next(given)) if n else None for i, n in enumerate(self.selector.chosen)]
+
+
+def utility(energy: Tensor, prior: Tensor, weight: Tensor) -> Tensor:
+    """u [..., pool] of energies [..., pool]."""
+    return (energy + prior) * weight
 
 
 def first_of(utility: Tensor, count: int) -> Tensor:

@@ -9,7 +9,7 @@ continuations, m being 1 for the core and the chosen channels (least squares wit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from eopc_compiler.handover import Round
 from eopc_compiler.model import Block, Llama
 from eopc_compiler.prompt_cache import PromptCache
 from eopc_compiler.quantize import Quantized
-from eopc_compiler.selector import PRIOR_TOKENS, Selector, first_of
-from eopc_compiler.sequences import Past, fast_math, ffn_inputs, next_token_losses, run_attention
+from eopc_compiler.selector import PRIOR_TOKENS, Selector, first_of, utility
+from eopc_compiler.sequences import Past, add_attention, ffn_inputs, next_token_losses
 from eopc_compiler.surgery import repair, sum_moments
 
 # Of the ridge, as surgery.RIDGE_TOKENS: choices that differ from prompt to prompt make covariances noisier.
@@ -53,7 +53,7 @@ class FittedChannels:
     def kept(self, energy: Tensor, chosen: int) -> Tensor:
         """1 for what runs and 0 for the rest [n, core + pool], from energies of prompts [n, core + pool]."""
         core = energy.shape[1] - len(self.pool)
-        ids = first_of((energy[:, core:] + self.prior) * self.weight, chosen)
+        ids = first_of(utility(energy[:, core:], self.prior, self.weight), chosen)
         kept = torch.zeros_like(energy)
         kept[:, :core] = 1.0
         return kept.scatter_(1, core + ids, 1.0)
@@ -80,7 +80,7 @@ def fit_selector(
     for index, (pasts, energies) in enumerate(_prompts(model, batches, prompt)):
         layer, core, pool = model.blocks[index], selector.core[index], selector.pool[index]
         width, down = core + pool, layer.mlp.down_proj
-        middle = [_attended(model, layer, x, past) for x, past in zip(ours, pasts, strict=True)]
+        middle = [add_attention(model, layer, x, past) for x, past in zip(ours, pasts, strict=True)]
         hidden = [ffn_inputs(layer, x) for x in middle]
         targets = [down(h) for h in hidden]
         plain = _unfitted(layer, selector, index, energies, batches, prompt)
@@ -91,10 +91,11 @@ def fit_selector(
         damping = RIDGE_TOKENS / moments.rows
         weight = repair(moments, down.weight[:width].t(), every, damping)[0].t().float().contiguous()
         stored = round_weight(index, weight[:core].contiguous(), moments.covariance[:core, :core])
-        whole = FittedChannels(stored, weight[core:].to(dtype).float(), plain.bias, plain.prior, plain.weight)
-        bias = (moments.target_mean - moments.mean @ whole.down().double()).float()
-        fitted.append(FittedChannels(stored, whole.pool, bias, plain.prior, plain.weight))
-        ours = [x + h @ whole.down() + bias for x, h in zip(middle, inputs, strict=True)]
+        whole = replace(plain, core=stored, pool=weight[core:].to(dtype).float())
+        weight = whole.down()  # as it is stored
+        bias = (moments.target_mean - moments.mean @ weight.double()).float()
+        fitted.append(replace(whole, bias=bias))
+        ours = [x + h @ weight + bias for x, h in zip(middle, inputs, strict=True)]
         if report:
             report(index + 1, len(model.blocks))
     return tuple(fitted)
@@ -117,7 +118,7 @@ def selected_losses(
         layer, channels, width = model.blocks[index], fitted[index], selector.core[index] + selector.pool[index]
         following = list[Tensor]()
         for x, past, energy in zip(ours, pasts, energies, strict=True):
-            middle = _attended(model, layer, x, past)
+            middle = add_attention(model, layer, x, past)
             kept = channels.kept(energy[:, :width], selector.chosen[index])
             inputs = ffn_inputs(layer, middle)[..., :width] * kept[:, None]
             following.append(middle + inputs @ channels.down() + channels.bias)
@@ -138,7 +139,7 @@ def _prompts(model: Llama, batches: Sequence[Batch], prompt: int) -> Iterator[tu
     caches = [PromptCache(model, prompt) for _ in batches]
     for index, layer in enumerate(model.blocks):
         pasts = [cache.enter(index, x)[0] for cache, x in zip(caches, dense, strict=True)]
-        middle = [_attended(model, layer, x, None) for x in dense]
+        middle = [add_attention(model, layer, x) for x in dense]
         hidden = [ffn_inputs(layer, x) for x in middle]
         yield pasts, [h[:, :-1].pow(2).sum(1) for h in hidden]
         dense = [x + layer.mlp.down_proj(h) for x, h in zip(middle, hidden, strict=True)]
@@ -160,8 +161,3 @@ def _unfitted(
         PRIOR_TOKENS * mean[core:width],
         weight[core:width].pow(2).sum(1),
     )
-
-
-def _attended(model: Llama, layer: Block, x: Tensor, past: Past | None) -> Tensor:
-    with fast_math():
-        return run_attention(model, layer, x, past)

@@ -117,6 +117,12 @@ def ffn_inputs(layer: Block, x: Tensor) -> Tensor:
         return layer.mlp.hidden(layer.post_attention_layernorm(x)).float()
 
 
+def add_attention(model: Llama, layer: Block, x: Tensor, past: Past | None = None) -> Tensor:
+    """`run_attention` in `fast_math`."""
+    with fast_math():
+        return run_attention(model, layer, x, past)
+
+
 def add_output(x: Tensor, output: Projection, inputs: Tensor) -> Tensor:
     """The residual stream x [n, S, hidden] with an output map of these inputs added (`fast_math`)."""
     with fast_math():
