@@ -5,7 +5,7 @@
 For every budget, continuation losses (nats per token added to the dense model's, after a prompt of 128 of 256 tokens)
 on documents that neither calibration nor the search has seen, all at predicted joules within the same budget:
 
-    throughout   the tier runs prompt and answer, repaired for that
+    throughout   the tier's layers run prompt and answer, repaired for that, as wide as what the prompt saves allows
     handed over  the same tier answers behind the cache of t0
     repaired     the tier repaired on the cache it inherits: what a bundle ships
     depth, width, uniform   only layers / only FFN and KV units by their curves / the same share everywhere, repaired
@@ -106,10 +106,15 @@ def variants(
     def shipped(candidate: Mask) -> dict[int, float]:
         return held_out.of_tier(repair(state, model, candidate)[0], candidate)
 
-    own_cache, changes = repair_tier(model, mask, batches, 0, every)
+    full = full_mask(state.config)
+    deep = Mask(tuple(full.layers[d.source_layer] for d in mask.layers))
+    curves = state.observations.curves
+    alone = shrink_to_budget(deep, budget_j, curves, lambda m: reference_energy(state, m, storage), state.align)
+    assert alone is not None  # wider than the mask, whose plan fits with a dearer prompt
+    _, changes = repair_tier(model, mask, batches, 0, every)
     repaired, _ = repair_tier(model, mask, batches, state.args.prompt_part, every)
     rows = [
-        ("throughout", mask, throughout(own_cache, text)),
+        ("throughout", alone, throughout(repair_tier(model, alone, batches, 0, every)[0], text)),
         ("handed over", mask, held_out.of_tier(apply_repair(tier_view(model, mask), mask, changes), mask)),
         ("repaired, all", mask, held_out.of_tier(repaired, mask)),
         ("repaired", mask, shipped(mask)),
@@ -120,9 +125,9 @@ def variants(
         else:
             assert price(candidate) <= budget_j
             rows.append((name, candidate, shipped(candidate)))
-    alone = plan_tiers(replace(state, args=replace(state.args, budgets_j=(budget_j,), independent=True))).plan[-1].mask
-    free = repair(replace(state, args=replace(state.args, independent=True)), model, alone)[0]
-    rows.append(("independent", alone, held_out.of_tier(free, alone)))
+    free = replace(state, args=replace(state.args, budgets_j=(budget_j,), independent=True))
+    own = plan_tiers(free).plan[-1].mask
+    rows.append(("independent", own, held_out.of_tier(repair(free, model, own)[0], own)))
     return rows
 
 
