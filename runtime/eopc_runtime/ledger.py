@@ -3,6 +3,11 @@
 The ledger refuses what would overspend, so the sum of its debits never exceeds the budget. `next_action`
 decides before each decode step, from the prices alone, whether to step, to go down a tier or to stop; it
 is a pure function of the prices and of the joules left.
+
+The tiers of a ladder are points of one trade of quality for joules, each the choice of one dual variable λ in
+nats per joule. Joules left that pay for the rest on no single tier exactly are best spent on the two tiers
+around their λ: on other pairs the same joules lose more, as λ rises down the ladder. So a sequence stays on a
+tier while the next one down could finish it, and λ follows the ledger.
 """
 
 from __future__ import annotations
@@ -105,9 +110,9 @@ def next_action(table: EnergyTable, left_j: float, tier: int, n: int, done: int,
         done: decode steps run so far.
         remaining: new tokens still wanted, the next one included.
 
-    A step on this tier is right while the rest could still be finished on the cheapest tier from here down.
-    After that a lower tier is right if it affords more of the rest. Otherwise this tier spends what is
-    left, and then stops.
+    A step on this tier is right while the rest could still be finished on it or on the next one down. After
+    that a lower tier is right if it affords more of the rest. Otherwise this tier spends what is left, and
+    then stops.
     """
     if remaining < 1:
         return "stop"
@@ -120,13 +125,13 @@ def next_action(table: EnergyTable, left_j: float, tier: int, n: int, done: int,
 
 
 def affords_rest(table: EnergyTable, left_j: float, tier: int, n: int, done: int, remaining: int, here: int) -> bool:
-    """True if `here` steps on this tier, and the rest on the cheapest tier from it down, are paid for."""
+    """True if `here` steps on this tier, and the rest on it or on the next tier down, are paid for."""
     paid_j = table.steps_price_j(tier, n, done, here)
     if paid_j > left_j:
         return False
     return any(
         (paid_j + table.steps_price_j(t, n, done + here, remaining - here)) * (1 + ROUNDING) <= left_j
-        for t in (tier, *table.below(tier))
+        for t in (tier, *table.below(tier)[:1])
     )
 
 

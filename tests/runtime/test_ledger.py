@@ -112,8 +112,8 @@ def test_debits_never_exceed_the_budget(budget_j, debits):
     ("budget_j", "tier", "remaining", "action"),
     [
         (100.0, 0, 10, "step"),  # ten steps of 10 J
-        (29.0, 0, 10, "step"),  # one of 10 J, then nine of 2 J fit
-        (27.0, 0, 10, "downshift"),  # they do not: t2 affords ten, t0 two
+        (56.0, 0, 10, "step"),  # one of 10 J, then nine of 5 J fit
+        (54.0, 0, 10, "downshift"),  # they do not: t1 affords ten, t0 five
         (27.0, 1, 10, "step"),  # on t1 one of 5 J, then nine of 2 J
         (19.0, 1, 10, "downshift"),  # t2 affords nine, t1 three
         (19.0, 2, 10, "step"),  # no lower tier: spend what is left
@@ -124,8 +124,26 @@ def test_debits_never_exceed_the_budget(budget_j, debits):
     ],
 )
 def test_the_next_action_follows_the_ledger(budget_j, tier, remaining, action):
-    """Step while the rest can be finished below, go down when that affords more, stop when nothing fits."""
+    """Step while the rest can be finished one tier down, go down when that affords more, stop when nothing fits."""
     assert next_action(LADDER, budget_j, tier, n=10, done=0, remaining=remaining) == action
+
+
+@pytest.mark.parametrize("left_j", range(14, 61))
+def test_a_rest_is_spent_on_the_two_tiers_around_its_lambda(left_j):
+    """Six steps from t0 lose no more than the best schedule that goes down, but for what does not divide."""
+    losses, prices, steps = (0.0, 0.1, 0.4), (10, 5, 2), 6  # nats and joules a step; 0.02, then 0.1 nats per joule
+    schedules = [(a, b, steps - a - b) for a in range(steps + 1) for b in range(steps + 1 - a)]
+    paid_for = [s for s in schedules if sum(k * p for k, p in zip(s, prices, strict=True)) <= left_j]
+    best = min(sum(k * x for k, x in zip(s, losses, strict=True)) for s in paid_for)
+    tier, lost, rest = 0, 0.0, left_j + 0.01  # beside the room for rounding
+    for done in range(steps):
+        while (action := next_action(LADDER, rest, tier, 10, done, steps - done)) == "downshift":
+            tier += 1
+        assert action == "step"
+        rest -= prices[tier]
+        lost += losses[tier]
+    assert rest >= 0
+    assert lost - best <= 0.1 + 1e-9  # one step: a t1 where the best has a t0
 
 
 def test_without_a_budget_the_tier_is_kept():
