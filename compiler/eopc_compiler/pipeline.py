@@ -235,11 +235,14 @@ def plan_tiers(state: CompileState) -> CompileState:
         def chosen_loss(selector: Selector) -> float:
             count = state.counter("fitting a choosing tier")
             fitted = fit(state, model, selector, FINALIST_WINDOWS, count)
-            return domain_mean(text, selected_losses(model, selector, fitted, text, args.prompt_part))
+            return domain_mean(text, selected_losses(model, selector, fitted, text, args.choice_part))
+
+        def fixed_loss(mask: Mask, depth: int | None) -> float:
+            return repaired(ContinuationLoss(model, text, args.choice_part, depth), mask)
 
         if args.selectors == "on" or (args.selectors == "auto" and storage.bits is None):
             choosing = Choosing(
-                price, lambda core, selector: selector_energy(state, core, storage, selector), chosen_loss
+                price, lambda core, selector: selector_energy(state, core, storage, selector), chosen_loss, fixed_loss
             )
             always = args.selectors == "on"
             tiers = plan_selectors(tiers, choosing, state.observations.curves, state.align, state.say, always)

@@ -28,12 +28,14 @@ class Choosing:
     Args:
         fixed: joules of a mask, nothing chosen.
         price: joules of a core and a selector.
-        fitted: continuation loss of a selector once fitted, nats per token; dear.
+        fitted: continuation loss of a selector once fitted, behind prompts long enough to choose by; dear.
+        repaired: the same, behind the same prompts, of a mask behind this depth of prompts (None: all layers).
     """
 
     fixed: Price
     price: Callable[[Mask, Selector], float]
     fitted: Callable[[Selector], float]
+    repaired: Callable[[Mask, int | None], float]
 
 
 def plan_selectors(
@@ -56,13 +58,13 @@ def plan_selectors(
         if tier.budget_j is not None and tier.depth is None and tier.mask != full:
             candidate = _candidate(full, tier, choosing, curves, align)
             if candidate is not None:
-                won = tier.loss - candidate.loss
+                won = choosing.repaired(tier.mask, plan[tier.prefill].depth) - candidate.loss
                 if report:
                     report(
                         f"channels chosen by the prompt, {tier.budget_j:.3g} J: {won:+.3f} nats less than fixed ones"
                     )
                 if always or won > WORTH_HAVING:
-                    ladder.append(candidate)
+                    ladder.append(replace(candidate, loss=tier.loss - won))  # as if behind the others' prompts
         ladder.append(tier)
     return _renumbered(plan, ladder)
 

@@ -68,6 +68,11 @@ class BuildArgs:
         """Tokens of a calibration window that stand for the prompt when a handover is measured or repaired."""
         return self.calibration_length // 4
 
+    @property
+    def choice_part(self) -> int:
+        """The same where the prompt chooses channels: it has to show enough, and the answer has to be long enough."""
+        return self.calibration_length // 2
+
 
 @dataclass(frozen=True, slots=True)
 class PrecisionTrial:

@@ -130,7 +130,7 @@ def fit(
     """A tier that chooses channels, fitted on the calibration text; arguments as those of `repair`."""
     assert state.calibration and state.storage
     text, dtype = state.calibration.batches(most=most), getattr(torch, state.storage.dtype)
-    return fit_selector(model, selector, text, state.args.prompt_part, rounding(state.storage), dtype, report)
+    return fit_selector(model, selector, text, state.args.choice_part, rounding(state.storage), dtype, report)
 
 
 def repair_inputs(state: CompileState) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -191,6 +192,7 @@ def planned(model: Llama, plan: list[TierPlan], fitted: float, gathering: float 
         price,
         lambda core, s: price(core.widened(s.chosen)) + (gathering if any(s.chosen) else 0.0),
         lambda _selector: fitted,
+        lambda mask, _depth: plan[1].loss if mask == plan[1].mask else math.nan,
     )
     return plan_selectors(plan, choosing, curves, 8)
 
