@@ -13,7 +13,7 @@ import pytest
 
 from eopc_runtime.bundle import Bundle, TierInfo
 from eopc_runtime.energy import prior_table
-from eopc_runtime.errors import BundleError
+from eopc_runtime.errors import BudgetError, BundleError
 from eopc_runtime.policy import Request, pick_tier
 from eopc_runtime.profiles import load_profile
 from eopc_runtime.runners.ort import OrtCache, OrtTier
@@ -244,3 +244,32 @@ def test_selectors_can_be_left_out(
     build(replace(args, budgets_j=(budget,), dry_run=True))
     plan = json.loads((tmp_path / "out" / "plan.json").read_text(encoding="utf-8"))
     assert all(tier["selector"] is None for tier in plan["tiers"])
+
+
+def test_no_sequence_of_2500_overspends_and_every_joule_is_on_the_price_list(bundle: Bundle, info: TierInfo) -> None:
+    """500 prompts under 5 budgets: the account is the sum of the prices of what ran, and within the budget."""
+    rng = np.random.default_rng(0)
+    table, context = bundle.energy, bundle.manifest.context
+    least, most = (table.plan_price_j(t, t, *sizes) for t, sizes in ((-1, (8, 2)), (0, (40, 12))))
+    ran, refused = set(), 0
+    with Session.open(bundle.root, threads=1) as session:
+        for _ in range(500):
+            n, wanted = int(rng.integers(1, 41)), int(rng.integers(1, 13))
+            prompt = "".join(chr(c) for c in rng.integers(97, 123, n))
+            tier = [None, "t0", info.tier][int(rng.integers(3))]
+            for budget_j in np.geomspace(least, most, 5).tolist():
+                try:
+                    running = session.stream(prompt, budget=budget_j, max_new_tokens=wanted, tier=tier, raw=True)
+                except BudgetError:
+                    refused += 1
+                    continue
+                steps = [bundle.tier_index(event.tier) for event in running]
+                spent, length = running.result.energy_j, running.result.prompt_tokens
+                listed = table.prefill_price_j(steps[0], length)
+                listed += sum(table.step_price_j(t, length, i) for i, t in enumerate(steps[1:], start=1))
+                assert spent <= budget_j
+                assert spent == pytest.approx(listed, rel=1e-9)  # two orders of summing
+                assert length + len(steps) <= context
+                ran.add(running.result.plan)
+    assert {"t0", info.tier} <= ran and len(ran) > 3
+    assert 0 < refused < 1250
