@@ -273,3 +273,19 @@ def test_no_sequence_of_2500_overspends_and_every_joule_is_on_the_price_list(bun
                 ran.add(running.result.plan)
     assert {"t0", info.tier} <= ran and len(ran) > 3
     assert 0 < refused < 1250
+
+
+def test_recovery_trains_static_tiers_and_the_choosing_one_is_fitted_to_what_it_left(
+    write_checkpoint: Callable[..., Path], build_settings: Callable[..., Any], tmp_path: Path
+) -> None:
+    """`--recover` with `--selectors on`: said tier by tier under the names they have in the bundle."""
+    from eopc_compiler.build import build
+    from eopc_compiler.checkpoint import open_checkpoint
+    from eopc_compiler.state import Workload
+
+    checkpoint, said = write_checkpoint(tmp_path / "wide", intermediate_size=FFN), list[str]()
+    budget = price(open_checkpoint(str(checkpoint)).config, 256) + 0.036
+    args = build_settings(checkpoint, tmp_path / "out.eopc", workload=Workload(16, 232), selectors="on")
+    result = build(replace(args, budgets_j=(10.0, budget), recover_minutes=0.05), said.append)
+    names = [t.tier for t in Bundle.open(result.bundle).manifest.tiers if not t.selector]
+    assert [line.split(":")[0] for line in said if " nats on selection" in line] == names

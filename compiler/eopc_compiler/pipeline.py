@@ -263,7 +263,10 @@ def recover_shared(state: CompileState) -> CompileState:
 
     By the sandwich rule, so that nesting holds; t0 stays within `RecoverSettings.t0_bound` nats of the dense model.
     """
-    minutes, masks = state.args.recover_minutes, [t.mask for t in state.plan if t.depth is None]
+    static = {
+        f"t{i}": tier.mask for i, tier in enumerate(state.plan) if not tier.fills
+    }  # the others share their weights
+    minutes, masks = state.args.recover_minutes, list(static.values())
     if not minutes or all(mask == full_mask(state.config) for mask in masks):
         return state
     assert state.checkpoint and state.selection and state.calibration
@@ -291,8 +294,8 @@ def recover_shared(state: CompileState) -> CompileState:
             model, model, masks, state.orders, text, selection.domains, settings, folder=folder, report=state.tick
         )
         save_file(report.tensors, path)
-        for index, (before, after) in enumerate(zip(report.before, report.after, strict=True)):
-            state.say(f"t{index}: {mean(before.values()):.3f} -> {mean(after.values()):.3f} nats on selection text")
+        for tier, before, after in zip(static, report.before, report.after, strict=True):
+            state.say(f"{tier}: {mean(before.values()):.3f} -> {mean(after.values()):.3f} nats on selection text")
 
     state.say(f"recovering the shared weights for {minutes:g} minutes")
     path = state.cache.get("recover", inputs, ".safetensors", produce)
