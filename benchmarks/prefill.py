@@ -2,6 +2,7 @@
 
     python benchmarks/prefill.py importance --corpora FOLDER    virtual gates of prompt and answer, layer by layer
     python benchmarks/prefill.py ablation   --corpora FOLDER    loss added to continuations, with parts left out
+    python benchmarks/prefill.py tokens     --corpora FOLDER    token selectors against skipped layers, the same FLOPs
     python benchmarks/prefill.py speed BUNDLE                   prompts on t0 and on the tier that prunes its prefill
 
 Losses are nats per token of 128-token continuations of 384-token prompts, above the dense model's, fp32, on documents
@@ -14,11 +15,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 import torch
 from corpora import add_corpora_option, evaluation_windows
+from torch import Tensor
 
 from eopc_compiler.calibration import CalibrationSet
 from eopc_compiler.checkpoint import open_checkpoint
@@ -53,15 +56,39 @@ def ablation(args: argparse.Namespace) -> None:
         (f"{count} interleaved", interleaved(layers, count), {}),
         (f"first {count}", first(layers, count), {}),
     ]
-    nothing = PrefillPruning(frozenset())
-    dense = {d: continuation_losses(model, tokens, PROMPT, nothing).mean() for d, tokens in windows.domains}
-    for name, skipped, parts in rows:
-        pruning = PrefillPruning(skipped, **parts)
-        added = {
-            d: float(continuation_losses(model, tokens, PROMPT, pruning).mean() - dense[d])
-            for d, tokens in windows.domains
-        }
-        click.echo(f"{name:32}" + "  ".join(f"{d} {value:+.3f}" for d, value in added.items()))
+    show(model, windows, {name: PrefillPruning(skipped, **parts) for name, skipped, parts in rows})
+
+
+def tokens(args: argparse.Namespace) -> None:
+    """Rows of added loss: prompts through fewer layers, and fewer tokens of prompts through more layers.
+
+    Of each group the first row skips whole layers, and the others spare as many FLOPs, keys and values aside.
+    """
+    model, windows = load(args, LENGTH)
+    layers = len(model.blocks)
+    rows: dict[str, PrefillPruning] = {}
+    for count in args.counts:
+        rows[f"{count} layers by all tokens"] = PrefillPruning(last(layers, count))
+        for share in args.shares:
+            over = round(count / (1 - share))
+            for kind in ("attention", "chance"):
+                pruning = PrefillPruning(last(layers, over), share=1 - count / over, chosen_by=kind)
+                rows[f"{over} layers by {count / over:.0%} of tokens, {kind}"] = pruning
+    show(model, windows, rows)
+
+
+def show(model: Llama, windows: CalibrationSet, rows: Mapping[str, PrefillPruning]) -> None:
+    """A line a row: loss added to the dense model's, by domain and in the mean."""
+    dense = {d: losses(model, tokens, PrefillPruning(frozenset())) for d, tokens in windows.domains}
+    for name, pruning in rows.items():
+        added = {d: losses(model, tokens, pruning) - dense[d] for d, tokens in windows.domains}
+        by_domain = "  ".join(f"{d} {value:+.3f}" for d, value in added.items())
+        click.echo(f"{name:40}{by_domain}  mean {statistics.mean(added.values()):+.3f}")
+
+
+def losses(model: Llama, tokens: Tensor, pruning: PrefillPruning) -> float:
+    """Mean loss of continuations."""
+    return float(continuation_losses(model, tokens, PROMPT, pruning).mean())
 
 
 def speed(args: argparse.Namespace) -> None:
@@ -119,7 +146,7 @@ def load(args: argparse.Namespace, length: int) -> tuple[Llama, CalibrationSet]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (importance, ablation):
+    for function in (importance, ablation, tokens):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function)
         add_corpora_option(command)
@@ -128,6 +155,8 @@ def main() -> None:
     commands.choices["importance"].add_argument("--samples", type=int, default=50)
     commands.choices["ablation"].add_argument("--skip", type=int, default=10)
     commands.choices["ablation"].add_argument("--counts", type=int, nargs="+", default=[6, 8, 10, 12])
+    commands.choices["tokens"].add_argument("--counts", type=int, nargs="+", default=[8, 12])
+    commands.choices["tokens"].add_argument("--shares", type=float, nargs="+", default=[1 / 3, 1 / 2])
     command = commands.add_parser("speed", help=speed.__doc__)
     command.set_defaults(function=speed)
     command.add_argument("bundle", type=Path)

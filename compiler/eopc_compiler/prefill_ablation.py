@@ -1,17 +1,24 @@
-"""Prefill-only pruning (POP, arXiv 2602.03295) with each of its parts left out: what a part is worth.
+"""Prefill-only pruning (POP, arXiv 2602.03295) with each of its parts left out, or with a token selector in its place.
 
-A reference for tables and tests; builds use `prompt_cache.PromptCache`.
+A token selector lets some of a prompt's tokens run through a layer and the others skip it; like a skipped layer, they
+leave keys and values all the same. Which ones run is decided anew in every layer, by how much the last tokens look at
+them (as LazyLLM does, arXiv 2407.14057), and the count is fixed. A reference for tables and tests; builds use
+`prompt_cache.PromptCache`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from eopc_compiler.model import Llama
-from eopc_compiler.sequences import Past, keys_and_values, next_token_losses, run_layer
+from eopc_compiler.sequences import Past, attention_received, keys_and_values, next_token_losses, run_layer
+
+PROTECTED = (4, 8)  # first and last tokens of a prompt that always run
+OBSERVERS = 16  # last tokens of a prompt whose attention ranks the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +28,8 @@ class PrefillPruning:
     skipped: frozenset[int]
     independent_kv: bool = True  # a skipped layer writes keys and values of its input; else it holds none of the prompt
     boundary: bool = True  # the prompt's last token runs through the whole model; else it skips as well
+    share: float = 0.0  # of the prompt's tokens that run through a skipped layer all the same
+    chosen_by: Literal["attention", "chance"] = "attention"
 
 
 def last(layers: int, count: int) -> frozenset[int]:
@@ -57,8 +66,22 @@ def continuation_losses(model: Llama, tokens: Tensor, prompt: int, pruning: Pref
         held: Past | None = keys_and_values(model, layer, skipping)
         if index not in pruning.skipped:
             skipping = run_layer(model, layer, skipping)
+        elif pruning.share:
+            ids = _chosen(model, index, skipping, pruning)[..., None].expand(-1, -1, skipping.shape[-1])
+            skipping = skipping.scatter(1, ids, run_layer(model, layer, skipping).gather(1, ids))
         elif not pruning.independent_kv:
             held = None  # rotary positions only count as distances, so the answer alone may start at 0
         running = run_layer(model, layer, running, held)
     last_of_prompt = running[:, :0] if pruning.boundary else skipping[:, -1:]
     return next_token_losses(model, torch.cat([last_of_prompt, running], 1), tokens[:, prompt - 1 :])
+
+
+def _chosen(model: Llama, index: int, x: Tensor, pruning: PrefillPruning) -> Tensor:
+    """Ids [n, k] of the tokens that run through a layer, from its inputs x [n, S, hidden]."""
+    n, length, _ = x.shape
+    if pruning.chosen_by == "attention":
+        scores = attention_received(model, model.blocks[index], x, OBSERVERS)
+    else:
+        scores = torch.rand(n, length, generator=torch.Generator().manual_seed(index))
+    scores[:, : PROTECTED[0]] = scores[:, length - PROTECTED[1] :] = torch.inf
+    return torch.topk(scores, round(pruning.share * length)).indices

@@ -50,6 +50,17 @@ def attend(model: Llama, layer: Block, normed: Tensor, past: Past | None = None)
     return out.transpose(1, 2).reshape(batch, length, -1)
 
 
+def attention_received(model: Llama, layer: Block, x: Tensor, observers: int) -> Tensor:
+    """Mean attention [n, S] that the last `observers` positions of x [n, S, hidden] give to every position."""
+    batch, length, _ = x.shape
+    attention, last = layer.self_attn, min(observers, length)
+    q, k, _, scale = attention.project(layer.input_layernorm(x), _rotary(model, batch, 0, length))
+    k = k.repeat_interleave(attention.q_heads // attention.kv_heads, 1)
+    scores = torch.matmul(q[:, :, length - last :], k.transpose(2, 3)) * scale
+    hidden = torch.ones(last, length, dtype=torch.bool).triu(length - last + 1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1).mean((1, 2))
+
+
 def keys_and_values(model: Llama, layer: Block, x: Tensor, start: int = 0) -> Past:
     """What a block puts into the cache for inputs x [n, S, hidden] at positions start..start+S-1."""
     batch, length, _ = x.shape

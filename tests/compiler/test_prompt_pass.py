@@ -31,7 +31,7 @@ from eopc_compiler.prefill_ablation import (
 )
 from eopc_compiler.prompt_cache import PromptCache
 from eopc_compiler.prompt_pass import PromptPass
-from eopc_compiler.sequences import run_blocks, run_layer
+from eopc_compiler.sequences import attention_received, run_blocks, run_layer
 from eopc_compiler.tracing import Target
 from eopc_compiler.weights import WeightReader, WeightWriter
 
@@ -254,3 +254,38 @@ def test_choices_of_layers_are_as_many_as_asked_for() -> None:
     assert last(30, 3) == {27, 28, 29} and first(30, 3) == {0, 1, 2}
     for count in (1, 7, 10, 29, 30):
         assert len(interleaved(30, count)) == count and interleaved(30, count) <= set(range(30))
+
+
+@pytest.mark.usefixtures("exact")
+def test_tokens_chosen_for_a_layer_are_as_many_as_asked_for_and_all_of_them_skip_nothing(make_tiny: MakeTiny) -> None:
+    """From none, which is the pruned prefill, to all, which is the dense one."""
+    model, tokens = deployed(make_tiny), tokens_of(3, 40)
+    dense, none, some, every = (
+        continuation_losses(model, tokens, 30, PrefillPruning(frozenset(skipped), share=share))
+        for skipped, share in (((), 0.0), ((1, 2), 0.0), ((1, 2), 0.6), ((1, 2), 1.0))
+    )
+    torch.testing.assert_close(every, dense, atol=1e-5, rtol=0)
+    assert len({round(float(losses.mean()), 6) for losses in (dense, none, some)}) == 3
+
+
+@pytest.mark.usefixtures("exact")
+def test_tokens_are_chosen_by_the_prompt_alone(make_tiny: MakeTiny) -> None:
+    """Neither what follows the prompt nor the other sequences of a batch change a loss before the difference."""
+    model, tokens = deployed(make_tiny), tokens_of(3, 40)
+    pruning = PrefillPruning(frozenset({1, 2}), share=0.6)
+    changed = tokens.clone()
+    changed[:, 35:] = (changed[:, 35:] + 1) % 160
+    found, other = (continuation_losses(model, t, 30, pruning) for t in (tokens, changed))
+    torch.testing.assert_close(found[:, :5], other[:, :5], atol=1e-5, rtol=0)
+    alone = continuation_losses(model, tokens[1:2], 30, pruning)
+    torch.testing.assert_close(found[1:2], alone, atol=1e-5, rtol=0)
+
+
+def test_attention_received_is_what_the_last_positions_give(make_tiny: MakeTiny) -> None:
+    """It sums to 1, and a position after all observers but one gets only that one's."""
+    model = deployed(make_tiny)
+    x = model.model.embed_tokens(tokens_of(2))
+    received = attention_received(model, model.blocks[0], x, 4)
+    torch.testing.assert_close(received.sum(1), torch.ones(2))
+    last_alone = attention_received(model, model.blocks[0], x, 1)
+    torch.testing.assert_close(received[:, -1] * 4, last_alone[:, -1])
