@@ -49,14 +49,13 @@ def ablation(args: argparse.Namespace) -> None:
     """Rows of added loss by domain: more layers skipped, then each part left out at --skip layers."""
     model, windows = load(args, LENGTH)
     layers, count = len(model.blocks), args.skip
-    rows = [(f"last {n}", last(layers, n), {}) for n in args.counts]
-    rows += [
-        (f"last {count}, no keys and values", last(layers, count), {"independent_kv": False}),
-        (f"last {count}, no boundary token", last(layers, count), {"boundary": False}),
-        (f"{count} interleaved", interleaved(layers, count), {}),
-        (f"first {count}", first(layers, count), {}),
-    ]
-    show(model, windows, {name: PrefillPruning(skipped, **parts) for name, skipped, parts in rows})
+    rows = {f"last {n}": PrefillPruning(last(layers, n)) for n in args.counts} | {
+        f"last {count}, no keys and values": PrefillPruning(last(layers, count), independent_kv=False),
+        f"last {count}, no boundary token": PrefillPruning(last(layers, count), boundary=False),
+        f"{count} interleaved": PrefillPruning(interleaved(layers, count)),
+        f"first {count}": PrefillPruning(first(layers, count)),
+    }
+    show(model, windows, rows)
 
 
 def tokens(args: argparse.Namespace) -> None:
