@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from eopc_compiler import pricing
 from eopc_compiler.build import build
 from eopc_runtime.bundle import Bundle
 from eopc_runtime.cli.main import cli
+from eopc_runtime.errors import DeviceError
 from eopc_runtime.runners import ort as ort_runner
 from eopc_runtime.runners.ort import OrtPool, OrtTier
 from eopc_runtime.session import Session
@@ -232,6 +234,26 @@ def test_eval_through_the_runtime_equals_torch(tiny_bundle: Path, tiny_checkpoin
         logits = model(windows).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
     assert row["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-3)
+
+
+def test_8_bit_floats_are_for_devices_that_multiply_them(
+    tiny_checkpoint: Path, build_settings: Callable[..., Any], tmp_path: Path
+) -> None:
+    """An H100's bundle holds them, inputs rounded too, and is parity-checked; Orin's profile does not offer them."""
+    import onnx
+
+    args = build_settings(tiny_checkpoint, tmp_path / "h100.eopc", device="h100", precision=("fp8",), proxy="none")
+    bundle = Bundle.open(build(replace(args, budgets_j=(1000.0,))).bundle)
+    assert bundle.manifest.precision == "fp8"
+    graph = onnx.load(str(bundle.path(bundle.manifest.tiers[0].graph)), load_external_data=False).graph
+    rounded = [n for n in graph.node if n.op_type == "QuantizeLinear"]
+    assert len(rounded) == 3 * len(bundle.manifest.tiers[0].layers)  # q/k/v, gate and up
+    types = {t.data_type for t in graph.initializer if len(t.dims) == 2 and "proj" in t.name}
+    assert types == {onnx.TensorProto.FLOAT8E4M3FN}
+    with Session.open(bundle.root) as session:
+        assert session.generate("abcd", max_new_tokens=3, raw=True).completion_tokens == 3
+    with pytest.raises(DeviceError, match="fp8"):
+        build(replace(args, device="orin", output=tmp_path / "orin.eopc"))
 
 
 def test_cpus_whose_int8_products_overflow_get_what_they_can_multiply(

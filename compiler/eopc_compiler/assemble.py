@@ -23,7 +23,7 @@ from eopc_compiler.importance import Observations, Report, capture_inputs
 from eopc_compiler.ladder import Mask, UnitOrder, column_cuts, full_mask, prompt_cost, tier_cost
 from eopc_compiler.model import Block, Llama, Projection
 from eopc_compiler.prompt_pass import Pool, PromptPass
-from eopc_compiler.quantize import Quantized, choose_block, gptq, round_to_nearest, static_scale
+from eopc_compiler.quantize import FP8, GRIDS, Quantized, choose_block, gptq, round_to_nearest, static_scale
 from eopc_compiler.rotate import Rotation, rotate_head, rotate_layer
 from eopc_compiler.selector import ChannelSelector, Selector
 from eopc_compiler.sequences import run_layer
@@ -31,7 +31,7 @@ from eopc_compiler.weights import ColumnMatrix, Entry, RowMatrix, Stored, Weight
 from eopc_runtime.energy import TierCost
 
 GetTensor = Callable[[str], Tensor]
-BITS = {"int8": 8, "int4": 4}
+GRID_OF = {"int8": "int8", "int4": "int4", "fp8": FP8}  # what the matrices of a precision are rounded to
 HEAD = -1  # stands for the LM head where a source layer is asked for
 # Seen on SmolLM2-135M (blocks of 32, nearest rounding, perplexity added on wiki / code / maths): LM head +9.7 / 3.1 /
 # 4.7 %, q/k/v +4.7 / 3.8 / 3.4 % for 13 % of the layer weights; the first three layers +7.0 / 1.3 / 0.9 %, the last
@@ -48,11 +48,11 @@ NORMED = ("qkv_proj", "gate_proj", "up_proj")
 class Storage:
     """How values are stored: precision of the matrices, compute type of the rest, scale layout of the dialect."""
 
-    precision: str  # fp32, fp16, int8, int4
+    precision: str  # fp32, fp16, int8, int4, fp8
     dtype: str  # compute type: float32 or float16
     block: int | None  # inputs per scale; None is one scale per output
     edge_layers: frozenset[int] = frozenset()  # source layers that int4 leaves in int8
-    static_inputs: bool = False  # normed inputs are rounded to int8 too, so that the device multiplies codes by codes
+    static_inputs: bool = False  # normed inputs are rounded too, so that the device multiplies codes by codes
 
     @classmethod
     def choose(
@@ -68,23 +68,22 @@ class Storage:
         dtype = {"fp32": "float32", "fp16": "float16"}.get(precision, compute_dtype)
         edge = round(EDGE_SHARE * layers)
         edges = frozenset(i for i in range(layers) if i < edge or i >= layers - edge)
-        block = choose_block(widths, BITS.get(precision)) if dialect.block_quantization else None
-        return cls(precision, dtype, block, edges, static_inputs and precision in BITS)
+        block = choose_block(widths, GRID_OF.get(precision)) if dialect.block_quantization else None
+        return cls(precision, dtype, block, edges, static_inputs and precision in GRID_OF)
 
     @property
-    def bits(self) -> int | None:
-        """Bits of the quantised matrices; None where none is."""
-        return BITS.get(self.precision)
+    def grid(self) -> str | None:
+        """What the matrices are rounded to, a key of `quantize.GRIDS`; None where none is."""
+        return GRID_OF.get(self.precision)
 
-    def bits_of(self, name: str, layer: int) -> int | None:
-        """Bits of a matrix of a source layer: under int4 the matrices that lose most by it stay int8."""
-        if self.bits == 4 and (layer in self.edge_layers or any(kind in name for kind in SENSITIVE_TO_INT4)):
-            return 8
-        return self.bits
+    def grid_of(self, name: str, layer: int) -> str | None:
+        """The same of a matrix of a source layer: under int4 the matrices that lose most by it stay int8."""
+        sensitive = layer in self.edge_layers or any(kind in name for kind in SENSITIVE_TO_INT4)
+        return "int8" if self.grid == "int4" and sensitive else self.grid
 
     def has_static_inputs(self, name: str, layer: int) -> bool:
         """Whether a matrix of a source layer multiplies rounded inputs."""
-        return self.static_inputs and self.bits_of(name, layer) == 8 and any(kind in name for kind in NORMED)
+        return self.static_inputs and self.grid_of(name, layer) != "int4" and any(kind in name for kind in NORMED)
 
     def block_of(self, name: str, layer: int) -> int | None:
         """Inputs per scale of a matrix: products of codes are summed over a whole column before they are scaled."""
@@ -92,10 +91,10 @@ class Storage:
 
     def bytes_per_weight(self, name: str, layer: int) -> float:
         """Stored bytes per element of a matrix, scales included."""
-        bits, block = self.bits_of(name, layer), self.block_of(name, layer)
-        if bits is None:
+        grid, block = self.grid_of(name, layer), self.block_of(name, layer)
+        if grid is None:
             return self.value_bytes
-        return bits / 8 + (self.value_bytes / block if block else 0.0)
+        return GRIDS[grid].bits / 8 + (self.value_bytes / block if block else 0.0)
 
     @property
     def value_bytes(self) -> int:
@@ -150,11 +149,11 @@ def write_weights(
     """
     head_name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     entries: dict[str, Entry] = {}
-    rotation = Rotation(config.hidden_size) if storage.bits else None
+    rotation = Rotation(config.hidden_size) if storage.grid else None
     embedding = get("model.embed_tokens.weight")
     if rotation:
         embedding = rotation.columns(embedding)
-    gptq_run = _GptqRun(config, embedding, calibration) if storage.bits and calibration else None
+    gptq_run = _GptqRun(config, embedding, calibration) if storage.grid and calibration else None
     with WeightWriter(path) as writer:
         for name, table in zip(("cos", "sin"), rotary_tables(config, context), strict=True):
             entries[name] = writer.tensor(table, storage.dtype)
@@ -164,7 +163,7 @@ def write_weights(
             layer = deployment_layer(config, source, get, orders[source])
             if rotation:
                 rotate_layer(layer, rotation)
-            if observed and storage.bits:
+            if observed and storage.grid:
                 equalize_layer(layer, observed.peaks[source], orders[source], config)
             quantized = gptq_run.quantize_layer(source, layer, storage) if gptq_run else {}
             _write_layer(writer, entries, f"model.layers.{source}.", layer, quantized, dims, masks, config, storage)
@@ -254,7 +253,7 @@ def _load(model: nn.Module, config: LlamaConfig, table: WeightTable, reader: Wei
         module = model.get_submodule(owner)
         setattr(module, leaf, nn.Parameter(value, requires_grad=False))
         if leaf == "weight" and isinstance(module, Projection) and isinstance(entry, ColumnMatrix):
-            module.input_scale = entry.input_scale
+            module.input_scale, module.input_grid = entry.input_scale, entry.pieces[0].codes.dtype
     for buffer in ("cos", "sin"):
         entry = table.entries[buffer]
         assert isinstance(entry, Stored)
@@ -305,20 +304,20 @@ def _write_layer(
 
 
 def _write_embedding(writer: WeightWriter, table: Tensor, storage: Storage) -> RowMatrix:
-    """The lookup table [vocab, hidden], rows contiguous; int8 also under int4: a step reads one row of it."""
-    if storage.bits is None:
+    """The lookup table [vocab, hidden], rows contiguous; int8 also under int4 and fp8: a step reads one row of it."""
+    if storage.grid is None:
         return writer.rows(table, storage.dtype)
-    columns = round_to_nearest(table.t(), 8, storage.block, getattr(torch, storage.dtype))
+    columns = round_to_nearest(table.t(), "int8", storage.block, getattr(torch, storage.dtype))
     codes = writer.tensor(columns.codes.t().contiguous(), "int8")
     scales = columns.scales.t().contiguous()  # [vocab, hidden / block], or [vocab]
     return RowMatrix(codes, writer.tensor(scales, storage.dtype), storage.block)
 
 
 def _round(name: str, layer: int, matrix: Tensor, storage: Storage) -> Tensor | Quantized:
-    bits = storage.bits_of(name, layer)
-    if bits is None:
+    grid = storage.grid_of(name, layer)
+    if grid is None:
         return matrix
-    return round_to_nearest(matrix, bits, storage.block_of(name, layer), getattr(torch, storage.dtype))
+    return round_to_nearest(matrix, grid, storage.block_of(name, layer), getattr(torch, storage.dtype))
 
 
 class _GptqRun:
@@ -353,7 +352,7 @@ class _GptqRun:
             for name, codes, scales in parts:
                 result[name] = replace(joined, codes=codes, scales=scales)
                 modules[name].weight.data = result[name].dequantize()
-                modules[name].input_scale = joined.input_scale
+                modules[name].input_scale, modules[name].input_grid = joined.input_scale, joined.grid
         self._hidden = [run_layer(self._shell, layer, x) for x in self._hidden]
         return result
 
@@ -363,11 +362,11 @@ class _GptqRun:
         return self._quantize("lm_head", HEAD, head, normed, storage)
 
     def _quantize(self, name: str, layer: int, weight: Tensor, inputs: Sequence[Tensor], storage: Storage) -> Quantized:
-        bits = storage.bits_of(name, layer)
-        assert bits is not None
+        grid = storage.grid_of(name, layer)
+        assert grid is not None
         dtype = getattr(torch, storage.dtype)
-        scale = static_scale(inputs, dtype) if storage.has_static_inputs(name, layer) else None
-        return replace(gptq(weight, _gram(inputs), bits, storage.block_of(name, layer), dtype), input_scale=scale)
+        scale = static_scale(inputs, dtype, grid) if storage.has_static_inputs(name, layer) else None
+        return replace(gptq(weight, _gram(inputs), grid, storage.block_of(name, layer), dtype), input_scale=scale)
 
 
 def _gram(inputs: Sequence[Tensor]) -> Tensor:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from eopc_compiler.assemble import BITS
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.export import WeightTable
 from eopc_compiler.ladder import Cut, Mask, column_cuts
@@ -52,7 +51,6 @@ def _copy(writer: WeightWriter, reader: WeightReader, entry: Entry, cut: Cut | N
     codes = reader.stored(piece.codes)
     matrix: Tensor | Quantized = codes
     if piece.scales is not None:
-        bits = BITS[piece.codes.dtype]
-        matrix = Quantized(codes, reader.stored(piece.scales), bits, entry.block, entry.input_scale)
+        matrix = Quantized(codes, reader.stored(piece.scales), piece.codes.dtype, entry.block, entry.input_scale)
     cut = cut or Cut(((1, piece.codes.shape[-1]),), (1,))  # the head stays whole
     return writer.columns(matrix, cut.parts, cut.bounds, piece.codes.dtype)

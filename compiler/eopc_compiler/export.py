@@ -6,8 +6,8 @@ traced the same way. Afterwards each initializer is replaced by what the bundle 
 * fp16 and fp32: an external tensor, or a Concat of the column pieces a tier keeps;
 * int8 and int4: codes and scales, joined the same way, behind one DequantizeLinear, the form that ONNX Runtime
   fuses into MatMulNBits and TensorRT into a weight-only GEMM;
-* int8 with an input scale: the inputs pass QuantizeLinear and DequantizeLinear as well, and both runtimes multiply
-  codes by codes;
+* int8 and 8-bit floats with an input scale: the inputs pass QuantizeLinear and DequantizeLinear as well, and runtimes
+  multiply codes by codes;
 * the embedding: its rows are gathered *before* they are dequantised, so a step never expands the table.
 
 External data is named "weights.bin", relative to the bundle's root: loaders pass that folder (ONNX Runtime
@@ -27,6 +27,7 @@ import onnx_ir as ir
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import Dialect
 from eopc_compiler.prompt_pass import Pool
+from eopc_compiler.quantize import FP8
 from eopc_compiler.selector import Selector
 from eopc_compiler.tracing import Target, trace, trace_prompt_pass, trace_selector
 from eopc_compiler.weights import ColumnMatrix, Entry, Piece, RowMatrix, Stored
@@ -36,6 +37,7 @@ DTYPES = {
     "float16": ir.DataType.FLOAT16,
     "int8": ir.DataType.INT8,
     "int4": ir.DataType.INT4,
+    FP8: ir.DataType.FLOAT8E4M3FN,
 }
 PREFIX = "llama."  # what the traced wrapper puts before every parameter name
 
@@ -135,14 +137,14 @@ def attach_weights(model: ir.Model, config: LlamaConfig, dialect: Dialect, table
             continue  # small constants of the graph itself
         name = value.name.removeprefix(PREFIX)
         entry, dims = table.of_tier(name, config.layers)
+        if isinstance(entry, ColumnMatrix) and entry.input_scale is not None:
+            builder.quantize_inputs(value, entry.input_scale, entry.pieces[0].codes.dtype, name)
         if name == "model.embed_tokens.weight":
             assert isinstance(entry, RowMatrix)
             builder.embedding(value, entry, name)
-        elif isinstance(entry, ColumnMatrix) and is_packed(entry) and len(entry.kept(unit_count(name, dims))) > 1:
+        elif isinstance(entry, ColumnMatrix) and no_concat(entry) and len(entry.kept(unit_count(name, dims))) > 1:
             builder.split_matmul(value, entry, unit_count(name, dims), name)
         else:
-            if isinstance(entry, ColumnMatrix) and entry.input_scale is not None:
-                builder.quantize_inputs(value, entry.input_scale, name)
             builder.replace(value, builder.load(entry, dims, name))
         del model.graph.initializers[value.name]
     model.graph.sort()  # ONNX wants producers before consumers
@@ -183,8 +185,8 @@ class _Builder:
         values = [self.constant(part, f"{name}.{i}") for i, part in enumerate(parts)]
         return self.node("Concat", values, f"{name}.joined", {"axis": -1 if len(parts[0].shape) == 1 else 1})
 
-    def quantize_inputs(self, weight: ir.Value, scale: float, name: str) -> None:
-        """Round what a matrix multiplies to int8 codes: QuantizeLinear, DequantizeLinear.
+    def quantize_inputs(self, weight: ir.Value, scale: float, grid: str, name: str) -> None:
+        """Round what a matrix multiplies to codes of a grid: QuantizeLinear, DequantizeLinear.
 
         Every matrix has a pair of its own, also where two share an input: ONNX Runtime multiplies codes by codes only
         where each DequantizeLinear has one reader.
@@ -193,7 +195,7 @@ class _Builder:
         assert matmul.op_type == "MatMul"
         dtype = np.float16 if weight.dtype == ir.DataType.FLOAT16 else np.float32
         size = self.small(f"{name}.input_scale", np.array(scale, dtype=dtype))
-        zero = self.small(f"{name}.input_zero", np.array(0, dtype=np.int8))
+        zero = self.small(f"{name}.input_zero", np.array(0, dtype=DTYPES[grid].numpy()))
         codes = ir.node("QuantizeLinear", [matmul.inputs[0], size, zero])
         values = ir.node("DequantizeLinear", [codes.outputs[0], size, zero])
         codes.outputs[0].name, values.outputs[0].name = f"{name}.input_codes", f"{name}.input_values"
@@ -201,7 +203,7 @@ class _Builder:
         matmul.replace_input_with(0, values.outputs[0])
 
     def split_matmul(self, value: ir.Value, entry: ColumnMatrix, units: int, name: str) -> None:
-        """One MatMul per column piece, outputs joined: ONNX has no Concat of int4 constants."""
+        """One MatMul per column piece, outputs joined: ONNX has no Concat of int4 or 8-bit float constants."""
         for use in list(value.uses()):
             matmul, x = use.node, use.node.inputs[0]
             assert matmul.op_type == "MatMul"
@@ -267,9 +269,9 @@ class _Builder:
         return value
 
 
-def is_packed(entry: ColumnMatrix) -> bool:
-    """Whether the codes are int4, two to a byte."""
-    return entry.pieces[0].codes.dtype == "int4"
+def no_concat(entry: ColumnMatrix) -> bool:
+    """Whether the codes are of a type that Concat does not take."""
+    return entry.pieces[0].codes.dtype in ("int4", FP8)
 
 
 def unit_count(name: str, dims: LayerDims | None) -> int:

@@ -174,9 +174,9 @@ def rounding(storage: Storage) -> Round:
     """How a repaired down_proj is stored: as the shared one is, rounded with GPTQ on the tier's own inputs."""
 
     def round_weight(source: int, weight: Tensor, covariance: Tensor) -> Tensor | Quantized:
-        bits = storage.bits_of("mlp.down_proj", source)
-        if bits is None:
+        grid = storage.grid_of("mlp.down_proj", source)
+        if grid is None:
             return weight.to(getattr(torch, storage.dtype)).float()
-        return gptq(weight, covariance, bits, storage.block_of("mlp.down_proj", source), getattr(torch, storage.dtype))
+        return gptq(weight, covariance, grid, storage.block_of("mlp.down_proj", source), getattr(torch, storage.dtype))
 
     return round_weight

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import EagerOps, Ops, rotary_tables
+from eopc_compiler.quantize import round_inputs
 
 MASK_VALUE = -30000.0  # drops a position after softmax, and stays finite in fp16 when added to any score
 
@@ -345,7 +346,8 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(torch.empty(fan_out, fan_in), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(fan_out), requires_grad=False) if bias else None
         self.transposed = False
-        self.input_scale: float | None = None  # with one, inputs are rounded to int8 codes of this size
+        self.input_scale: float | None = None  # with one, inputs are rounded to codes of this scale
+        self.input_grid = "int8"  # of these codes
 
     @classmethod
     def merged(cls, parts: Sequence[Projection]) -> Projection:
@@ -374,7 +376,7 @@ class Projection(nn.Module):
         if not self.transposed:
             return F.linear(x, self.weight, self.bias)
         if self.input_scale is not None:
-            x = (x / self.input_scale).round().clamp(-128, 127) * self.input_scale
+            x = round_inputs(x, self.input_scale, self.input_grid)
         y = torch.matmul(x, self.weight)
         return y if self.bias is None else y + self.bias
 

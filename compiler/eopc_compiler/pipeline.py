@@ -161,7 +161,7 @@ def choose_precision(state: CompileState) -> CompileState:
         raise UsageError("int4 needs input widths that are multiples of 16; choose --precision int8.")
     trials, chosen = [], None
     for energy_j, precision, storage in sorted(priced, key=lambda row: row[0]):
-        if chosen is not None or len(priced) == 1 or storage.bits is None:
+        if chosen is not None or len(priced) == 1 or storage.grid is None:
             added = None  # needless: already decided, nothing to decide, or exact
         else:
             state.say(f"trying {precision} ({energy_j:.3g} J dense at the reference workload)")
@@ -240,7 +240,7 @@ def plan_tiers(state: CompileState) -> CompileState:
         def fixed_loss(mask: Mask, depth: int | None) -> float:
             return repaired(ContinuationLoss(model, text, args.choice_part, depth), mask)
 
-        if args.selectors == "on" or (args.selectors == "auto" and storage.bits is None):
+        if args.selectors == "on" or (args.selectors == "auto" and storage.grid is None):
             choosing = Choosing(
                 price, lambda core, selector: selector_energy(state, core, storage, selector), chosen_loss, fixed_loss
             )

@@ -17,8 +17,9 @@ def storage_for(state: CompileState, precision: str) -> Storage:
     q_widths = {d.num_key_value_heads * config.query_group_size * config.head_dim for d in config.layers}
     widths = {config.hidden_size, config.query_group_size * config.head_dim, state.align, *q_widths}
     profile, layers = state.profile, len(config.layers)
-    # only the CPU's profile has them, and its bundles are built where they run
-    static_inputs = profile.precision(precision).static_inputs and not int8_products_overflow()
+    static_inputs = profile.precision(precision).static_inputs
+    if precision != "fp8":  # then only the CPU's profile has them, and its bundles are built where they run
+        static_inputs = static_inputs and not int8_products_overflow()
     return Storage.choose(precision, profile.compute_dtype, state.dialect, widths, layers, static_inputs)
 
 

@@ -1,8 +1,9 @@
-"""Weight-only symmetric quantisation of deployment-form matrices [in, out], by rounding or error-compensated (GPTQ).
+"""Symmetric quantisation of deployment-form matrices [in, out], by rounding or error-compensated (GPTQ).
 
-Codes are int8 in memory for both widths; int4 codes lie in [-8, 7] and are packed two to a byte when written. One scale
-serves `block` consecutive inputs of one output (DequantizeLinear with block_size along axis 0), or, with block None,
-all inputs of one output (per channel: for opsets below 21, and where the inputs are codes too).
+Codes are numbers of a grid: int8, int4 (int8 in memory, in [-8, 7], packed two to a byte when written), or 8-bit floats
+with four bits of exponent (E4M3 without infinities, arXiv 2209.05433). One scale serves `block` consecutive inputs of
+one output (DequantizeLinear with block_size along axis 0), or, with block None, all inputs of one output (per channel:
+for opsets below 21, and where the inputs are codes too).
 
 GPTQ: Frantar et al., arXiv 2210.17323: quantise one input row at a time and spread its rounding error over the rows not
 yet quantised, through the inverse Hessian X Xᵀ of the calibration inputs.
@@ -22,19 +23,42 @@ GPTQ_DAMPING = 0.05  # of the Hessian's mean diagonal; the published 0.01 fits s
 LAZY_ROWS = 64  # rows whose updates to the rest of the matrix are applied at once
 STATIC_QUANTILE = 0.99
 CLIP_CHOICES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-LIMITS = {8: (-127, 127), 4: (-8, 7)}
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The numbers that codes stand for before they are scaled: from `low` to `high`, whole ones where `dtype` is."""
+
+    bits: int
+    low: float
+    high: float
+    dtype: torch.dtype  # of codes in memory
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """The nearest number of the grid to every value, ties to even, fp32."""
+        clamped = values.clamp(self.low, self.high)
+        return clamped.round() if self.dtype == torch.int8 else clamped.to(self.dtype).float()
+
+
+FP8 = "float8_e4m3fn"
+GRIDS = {
+    "int8": Grid(8, -127, 127, torch.int8),
+    "int4": Grid(4, -8, 7, torch.int8),
+    FP8: Grid(8, -448, 448, torch.float8_e4m3fn),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """codes [in, out] int8; scales [in / block, out], or [out] where one scale serves a whole column.
+    """codes [in, out] of a grid; scales [in / block, out], or [out] where one scale serves a whole column.
 
-    With an input scale, the matrix multiplies inputs rounded to int8 codes of that size (static quantisation).
+    With an input scale, the matrix multiplies inputs rounded to codes of the same grid and that scale (static
+    quantisation).
     """
 
     codes: Tensor
     scales: Tensor
-    bits: int
+    grid: str  # a key of GRIDS
     block: int | None
     input_scale: float | None = None
 
@@ -44,39 +68,52 @@ class Quantized:
         return self.codes.float() * scales.float()
 
 
-def choose_block(widths: set[int], bits: int | None) -> int | None:
-    """The largest block all input widths divide into: up to 64, but 32 for int4, which needs the finer scales."""
-    return next((b for b in BLOCK_CHOICES if all(w % b == 0 for w in widths) and (bits != 4 or b <= 32)), None)
+def choose_block(widths: set[int], grid: str | None) -> int | None:
+    """The largest block all input widths divide into: up to 64, but 32 for int4, which needs the finer scales.
+
+    None for 8-bit floats: their errors are relative, and TensorRT multiplies them only with one scale per output.
+    """
+    if grid == FP8:
+        return None
+    return next((b for b in BLOCK_CHOICES if all(w % b == 0 for w in widths) and (grid != "int4" or b <= 32)), None)
 
 
-def static_scale(inputs: Sequence[Tensor], dtype: torch.dtype) -> float:
-    """The size of an int8 code for inputs [tokens, width], so that 99 of 100 tokens peak at 127 codes or below.
+def round_inputs(x: Tensor, scale: float, grid: str) -> Tensor:
+    """What QuantizeLinear and DequantizeLinear make of inputs."""
+    if grid == "int8":  # the whole range of the type
+        return (x / scale).round().clamp(-128, 127) * scale
+    return GRIDS[grid].nearest(x / scale) * scale
 
-    The value is one that `dtype` can hold. Seen on SmolLM2-135M after rotation: the 90th and 99th percentile and the
-    highest peak lose about the same; twice the highest loses four times as much.
+
+def static_scale(inputs: Sequence[Tensor], dtype: torch.dtype, grid: str = "int8") -> float:
+    """The scale of codes for inputs [tokens, width], so that 99 of 100 tokens peak at the grid's end or below.
+
+    For 8-bit floats all of them do: a larger scale costs them nothing. The value is one that `dtype` can hold. Seen on
+    SmolLM2-135M in int8 after rotation: the 90th and 99th percentile and the highest peak lose about the same, twice
+    the highest loses four times as much.
     """
     peaks = torch.cat([x.abs().amax(1) for x in inputs]).sort().values
-    peak = float(peaks[math.ceil(STATIC_QUANTILE * (len(peaks) - 1))])
-    return float(torch.tensor(max(peak / 127, torch.finfo(torch.float16).tiny)).to(dtype))
+    quantile = STATIC_QUANTILE if grid == "int8" else 1.0
+    peak = float(peaks[math.ceil(quantile * (len(peaks) - 1))])
+    return float(torch.tensor(max(peak / GRIDS[grid].high, torch.finfo(torch.float16).tiny)).to(dtype))
 
 
-def round_to_nearest(weight: Tensor, bits: int, block: int | None, scale_dtype: torch.dtype) -> Quantized:
+def round_to_nearest(weight: Tensor, grid: str, block: int | None, scale_dtype: torch.dtype) -> Quantized:
     """Quantise [in, out] by rounding each element to the nearest code."""
-    scales = block_scales(weight, bits, block).to(scale_dtype)
+    scales = block_scales(weight, grid, block).to(scale_dtype)
     spread = scales.float() if block is None else scales.float().repeat_interleave(block, 0)
-    low, high = LIMITS[bits]
-    codes = (weight / spread).round_().clamp_(low, high).to(torch.int8)
-    return Quantized(codes, scales, bits, block)
+    codes = GRIDS[grid].nearest(weight / spread).to(GRIDS[grid].dtype)
+    return Quantized(codes, scales, grid, block)
 
 
-def block_scales(weight: Tensor, bits: int, block: int | None) -> Tensor:
+def block_scales(weight: Tensor, grid: str, block: int | None) -> Tensor:
     """Scales [in / block, out] or [out]: the largest magnitude meets the end of the code range.
 
     For 4 bits the scale takes the sign that puts the extreme element on -8, the longer end of the range.
     """
     blocks = weight.unsqueeze(0) if block is None else weight.view(-1, block, weight.shape[1])
-    if bits == 8:
-        scales = blocks.abs().amax(1) / 127
+    if grid != "int4":
+        scales = blocks.abs().amax(1) / GRIDS[grid].high
     else:
         extreme = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).squeeze(1)
         scales = extreme / -8
@@ -85,7 +122,7 @@ def block_scales(weight: Tensor, bits: int, block: int | None) -> Tensor:
     return scales.squeeze(0) if block is None else scales
 
 
-def gptq(weight: Tensor, hessian: Tensor, bits: int, block: int | None, scale_dtype: torch.dtype) -> Quantized:
+def gptq(weight: Tensor, hessian: Tensor, grid: str, block: int | None, scale_dtype: torch.dtype) -> Quantized:
     """Quantise [in, out] row by row with error compensation.
 
     Args:
@@ -102,41 +139,40 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, block: int | None, scale_dt
     hessian.diagonal().add_(GPTQ_DAMPING * typical)
     importance = hessian.diagonal().float()
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
-    low, high = LIMITS[bits]
-    codes = torch.empty_like(work, dtype=torch.int8)
-    columns = block_scales(weight, bits, None).to(scale_dtype)
+    nearest = GRIDS[grid].nearest
+    codes = torch.empty_like(work, dtype=GRIDS[grid].dtype)
+    columns = block_scales(weight, grid, None).to(scale_dtype)
     scales = []
     step = block or LAZY_ROWS
     for start in range(0, rows, step):
         end = min(start + step, rows)
         chunk, errors = work[start:end].clone(), torch.empty(end - start, work.shape[1])
         if block:
-            scales.append(search_scales(chunk, bits, importance[start:end]).to(scale_dtype))
+            scales.append(search_scales(chunk, grid, importance[start:end]).to(scale_dtype))
         scale = (scales[-1] if block else columns).float()
         for i in range(end - start):
             row, diagonal = chunk[i], factor[start + i, start + i]
-            code = (row / scale).round_().clamp_(low, high)
-            codes[start + i] = code.to(torch.int8)
+            code = nearest(row / scale)
+            codes[start + i] = code.to(codes.dtype)
             errors[i] = (row - code * scale) / diagonal
             chunk[i + 1 :] -= torch.outer(factor[start + i, start + i + 1 : end], errors[i])
         work[end:] -= factor[start:end, end:].t() @ errors
-    return Quantized(codes, torch.stack(scales) if block else columns, bits, block)
+    return Quantized(codes, torch.stack(scales) if block else columns, grid, block)
 
 
-def search_scales(chunk: Tensor, bits: int, importance: Tensor) -> Tensor:
+def search_scales(chunk: Tensor, grid: str, importance: Tensor) -> Tensor:
     """Scales [out] of one block of rows [block, out]: with 4 bits, clipping the extremes a little often pays.
 
     Args:
         importance: weight of each row's squared error, [block].
     """
-    full = block_scales(chunk, bits, None)
-    if bits != 4:
+    full = block_scales(chunk, grid, None)
+    if grid != "int4":
         return full
-    low, high = LIMITS[bits]
     best, best_error = full, torch.full_like(full, torch.inf)
     for shrink in CLIP_CHOICES:
         scale = full * shrink
-        rounded = (chunk / scale).round_().clamp_(low, high) * scale
+        rounded = GRIDS[grid].nearest(chunk / scale) * scale
         error = ((rounded - chunk).square_() * importance[:, None]).sum(0)
         better = error < best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)

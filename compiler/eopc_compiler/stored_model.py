@@ -65,7 +65,7 @@ def stored_weights(state: CompileState, storage: Storage, masks: list[Mask]) -> 
     def produce(path: Path) -> None:
         file = path / WEIGHTS_FILE
         path.mkdir()
-        if storage.bits and masks != full:
+        if storage.grid and masks != full:
             whole = stored_weights(state, storage, full)
             table, histogram = cut_weights(
                 file, read_table(whole)[0], WeightReader(whole / WEIGHTS_FILE), config, masks

@@ -26,7 +26,7 @@ ALIGNMENT = 64  # bytes; a cache line, and what vector loads want
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in weights.bin, or in a tier's own file: dtype is float32, float16, int8 or int4 (two to a byte)."""
+    """A tensor in weights.bin, or in a tier's own file: dtype is float32, float16, or a key of quantize.GRIDS."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -54,7 +54,7 @@ class ColumnMatrix:
 
     pieces: tuple[Piece, ...]
     block: int | None
-    input_scale: float | None = None  # inputs are rounded to int8 codes of this size first
+    input_scale: float | None = None  # inputs are rounded first, to codes of the same kind and this scale
 
     def kept(self, units: int) -> tuple[Piece, ...]:
         """The pieces of a tier that keeps `units` units, in column order."""
@@ -103,7 +103,7 @@ class WeightWriter:
         data = pack_int4(tensor) if dtype == "int4" else tensor.to(getattr(torch, dtype)).contiguous()
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
-        raw = data.numpy().tobytes()
+        raw = data.view(torch.uint8).numpy().tobytes()  # NumPy has no 8-bit floats
         self._file.write(raw)
         self.histogram[dtype] = self.histogram.get(dtype, 0) + len(raw)
         return Stored(dtype, tuple(tensor.shape), offset, len(raw), self._name)
@@ -136,14 +136,14 @@ class WeightWriter:
         """Write a matrix of which tiers keep a prefix of rows."""
         if isinstance(matrix, Tensor):
             return RowMatrix(self.tensor(matrix, dtype), None, None, rows_per_unit)
-        codes = self.tensor(matrix.codes, f"int{matrix.bits}")
+        codes = self.tensor(matrix.codes, matrix.grid)
         scales = self.tensor(matrix.scales, _name(matrix.scales))
         return RowMatrix(codes, scales, matrix.block, rows_per_unit)
 
     def _piece(self, matrix: Tensor | Quantized, columns: slice, units: int, dtype: str) -> Piece:
         if isinstance(matrix, Tensor):
             return Piece(units, self.tensor(matrix[..., columns], dtype), None)
-        codes = self.tensor(matrix.codes[:, columns], f"int{matrix.bits}")
+        codes = self.tensor(matrix.codes[:, columns], matrix.grid)
         return Piece(units, codes, self.tensor(matrix.scales[..., columns], _name(matrix.scales)))
 
 
@@ -166,7 +166,7 @@ class WeightReader:
             pairs = torch.from_numpy(raw)
             codes = torch.stack([pairs & 15, pairs >> 4], -1).flatten().to(torch.int8)
             return torch.where(codes > 7, codes - 16, codes).view(entry.shape)
-        return torch.from_numpy(raw.view(entry.dtype).reshape(entry.shape))
+        return torch.from_numpy(raw).view(getattr(torch, entry.dtype)).view(entry.shape)
 
     def columns(self, entry: ColumnMatrix, units: int) -> Tensor:
         """A tier's column-cut matrix, fp32."""

@@ -21,7 +21,7 @@ from eopc_runtime.power.rails import RailRule, inherited, read_rails
 from eopc_runtime.prior_error import PriorError
 
 DIALECTS = ("primitive", "native")
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "fp8", "int8", "int4")
 COMPUTE_DTYPES = ("float32", "float16")
 ENGINE_COMPILERS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 MARKS = {"s": "documented", "m": "measured or fitted to measurements", "u": "unconfirmed"}
@@ -54,7 +54,7 @@ class Constant:
 class Precision:
     """A weight precision: the share of bandwidth decode reaches, and the dialects that carry it.
 
-    With static inputs, inputs of int8 matrices that come from a norm are rounded to int8 too, because the device
+    With static inputs, inputs of int8 or fp8 matrices that come from a norm are rounded too, because the device
     multiplies codes by codes faster than it unpacks weights. `unpack_j` are joules per weight and pass beside its
     bytes, to turn a quantised weight into a number; None where nothing is known of it, and the prior leaves it out.
     """

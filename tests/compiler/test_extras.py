@@ -145,12 +145,13 @@ def test_rounding_follows_the_storage() -> None:
     assert torch.equal(torch.as_tensor(rounding(FP32)(0, weight, covariance)), weight)
     half = Storage.choose("fp16", "float16", DIALECTS["native"], {64}, 10)
     assert torch.equal(torch.as_tensor(rounding(half)(0, weight, covariance)), weight.half().float())
-    for precision, layer, bits in (("int8", 5, 8), ("int4", 5, 4), ("int4", 0, 8)):  # edge layers stay int8
+    expected = (("int8", 5, "int8"), ("int4", 5, "int4"), ("int4", 0, "int8"))  # edge layers stay int8
+    for precision, layer, grid in expected:
         storage = Storage.choose(precision, "float32", DIALECTS["native"], {64}, 10)
         stored = rounding(storage)(layer, weight, covariance)
-        assert isinstance(stored, Quantized) and stored.bits == bits
+        assert isinstance(stored, Quantized) and stored.grid == grid
         error = float((stored.dequantize() - weight).norm() / weight.norm())
-        assert 0 < error < {8: 0.02, 4: 0.2}[bits]
+        assert 0 < error < {"int8": 0.02, "int4": 0.2}[grid]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

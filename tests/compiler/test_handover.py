@@ -183,7 +183,7 @@ def test_later_layers_see_the_matrix_as_it_is_stored(make_tiny: MakeTiny) -> Non
 
     def coarse(source: int, weight: Tensor, covariance: Tensor) -> Quantized:
         seen.append((source, weight.shape, covariance.shape))
-        return round_to_nearest(weight, 4, 32, torch.float32)
+        return round_to_nearest(weight, "int4", 32, torch.float32)
 
     tier, repaired = repair_tier(model, HALVED, batches, PROMPT, {0, 2}, coarse)
     assert seen == [(i, (64, 64), (64, 64)) for i in (0, 2)]

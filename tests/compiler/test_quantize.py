@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eopc_compiler.quantize import (
-    LIMITS,
+    FP8,
+    GRIDS,
     Quantized,
     block_scales,
     choose_block,
     gptq,
     pack_int4,
+    round_inputs,
     round_to_nearest,
     static_scale,
 )
@@ -49,7 +51,7 @@ def correlated_inputs(tokens: int, width: int) -> Tensor:
 def test_int8_error_is_at_most_half_a_scale(seed: int, block: int | None, dtype: torch.dtype) -> None:
     """Every element lies within half its scale; fp16 scales move the range's end by 2⁻¹¹ of it at most."""
     weight = random_matrix(64, 6, seed)
-    q = round_to_nearest(weight, 8, block, dtype)
+    q = round_to_nearest(weight, "int8", block, dtype)
     assert q.codes.dtype == torch.int8 and q.scales.dtype == dtype
     assert q.scales.shape == ((6,) if block is None else (64 // block, 6))
     # 127 codes times the 2⁻¹² by which an fp16 scale may be rounded stays far below half a code
@@ -60,7 +62,7 @@ def test_int8_error_is_at_most_half_a_scale(seed: int, block: int | None, dtype:
 def test_int4_error_is_at_most_half_a_scale_but_for_the_far_end(seed: int, dtype: torch.dtype) -> None:
     """Codes are -8..7: the extreme meets -8, and only values beyond 7.5 scales on the other side lose more."""
     weight = random_matrix(64, 6, seed)
-    q = round_to_nearest(weight, 4, 32, dtype)
+    q = round_to_nearest(weight, "int4", 32, dtype)
     assert int(q.codes.min()) >= -8 and int(q.codes.max()) <= 7
     size = spread(q)
     ratio = weight / size
@@ -71,35 +73,35 @@ def test_int4_error_is_at_most_half_a_scale_but_for_the_far_end(seed: int, dtype
     assert bool((q.codes.view(2, 32, 6).gather(1, extreme) == -8).all())
 
 
-@pytest.mark.parametrize(("bits", "block"), [(8, None), (8, 32), (4, 32)])
-def test_values_on_the_grid_come_back_exactly(bits: int, block: int | None) -> None:
+@pytest.mark.parametrize(("grid", "block"), [("int8", None), ("int8", 32), ("int4", 32), (FP8, None)])
+def test_values_on_the_grid_come_back_exactly(grid: str, block: int | None) -> None:
     """A matrix that is already codes times scales round-trips without any error."""
     generator = torch.Generator().manual_seed(0)
-    low, high = LIMITS[bits]
-    codes = torch.randint(low, high + 1, (64, 5), generator=generator).to(torch.int8)
-    codes[::32] = low  # every block reaches its extreme, so that its scale is found again
+    low, high, dtype = GRIDS[grid].low, GRIDS[grid].high, GRIDS[grid].dtype
+    codes = GRIDS[grid].nearest(low + (high - low) * torch.rand(64, 5, generator=generator)).to(dtype)
+    codes[::32] = torch.tensor(low).to(dtype)  # every block reaches its extreme, so that its scale is found again
     scales = 2.0 ** torch.randint(-6, 3, (64 // (block or 64), 5), generator=generator)
-    weight = Quantized(codes, scales if block else scales[0], bits, block).dequantize()
-    q = round_to_nearest(weight, bits, block, torch.float16)
-    assert torch.equal(q.codes, codes) and torch.equal(q.dequantize(), weight)
+    weight = Quantized(codes, scales if block else scales[0], grid, block).dequantize()
+    q = round_to_nearest(weight, grid, block, torch.float16)
+    assert torch.equal(q.codes.float(), codes.float()) and torch.equal(q.dequantize(), weight)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("grid", ["int8", "int4", FP8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_zero_blocks_and_columns_stay_zero(bits: int, dtype: torch.dtype) -> None:
+def test_zero_blocks_and_columns_stay_zero(grid: str, dtype: torch.dtype) -> None:
     """An all-zero block has codes 0 and a scale that is neither zero nor NaN."""
     weight = random_matrix(64, 4)
     weight[:32], weight[:, 2] = 0, 0
-    q = round_to_nearest(weight, bits, 32, dtype)
+    q = round_to_nearest(weight, grid, 32, dtype)
     assert bool((q.scales != 0).all()) and bool(q.scales.isfinite().all())
     assert bool((q.dequantize()[weight == 0] == 0).all())
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_scales_below_fp16s_normal_range_are_raised_to_it(bits: int) -> None:
+@pytest.mark.parametrize("grid", ["int8", "int4", FP8])
+def test_scales_below_fp16s_normal_range_are_raised_to_it(grid: str) -> None:
     """Weights too small for an fp16 scale keep an absolute error of half the smallest normal fp16."""
     weight = random_matrix(32, 4) * 1e-6
-    q = round_to_nearest(weight, bits, 32, torch.float16)
+    q = round_to_nearest(weight, grid, 32, torch.float16)
     assert bool((q.scales.float().abs() >= FP16_TINY).all())
     assert float((q.dequantize() - weight).abs().max()) <= FP16_TINY / 2
 
@@ -108,18 +110,28 @@ def test_smaller_blocks_follow_the_matrix_more_closely() -> None:
     """Error falls from one scale per column to 64 to 32 inputs per scale."""
     weight = random_matrix(128, 8)
     errors = [
-        float((round_to_nearest(weight, 8, b, torch.float32).dequantize() - weight).norm()) for b in (None, 64, 32)
+        float((round_to_nearest(weight, "int8", b, torch.float32).dequantize() - weight).norm()) for b in (None, 64, 32)
     ]
     assert errors[0] > errors[1] > errors[2]
 
 
+def test_the_error_of_an_8_bit_float_is_relative() -> None:
+    """Three bits behind the point: within 2⁻⁴ of every value that is not tiny beside its column's largest."""
+    weight = random_matrix(256, 6)
+    error = (round_to_nearest(weight, FP8, None, torch.float32).dequantize() - weight).abs()
+    normal = weight.abs() > weight.abs().amax(0) / 448 * 2**-6  # below lie the subnormals
+    assert bool((error <= 2**-4 * 1.0001 * weight.abs())[normal].all())
+    assert bool((error[~normal] <= (weight.abs().amax(0) / 448).expand_as(weight)[~normal] * 2**-10 * 1.0001).all())
+
+
 def test_the_block_divides_every_width() -> None:
     """64 where every input width allows it, 32 for int4, smaller otherwise, none where a width has no such divisor."""
-    assert choose_block({256, 128, 192}, 8) == 64
-    assert choose_block({256, 128, 192}, 4) == 32
-    assert choose_block({256, 128, 96}, 8) == 32
-    assert choose_block({64, 48}, 8) == 16
-    assert choose_block({72, 64}, 8) is None
+    assert choose_block({256, 128, 192}, "int8") == 64
+    assert choose_block({256, 128, 192}, "int4") == 32
+    assert choose_block({256, 128, 96}, "int8") == 32
+    assert choose_block({64, 48}, "int8") == 16
+    assert choose_block({72, 64}, "int8") is None
+    assert choose_block({64}, FP8) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -132,41 +144,51 @@ def test_a_static_scale_serves_99_of_100_tokens(dtype: torch.dtype) -> None:
     assert float(torch.tensor(scale).to(dtype)) == scale
 
 
+def test_a_static_scale_of_8_bit_floats_serves_every_token() -> None:
+    """The largest input meets the largest float, and what is rounded by it stays within 2⁻⁴."""
+    inputs = random_matrix(50, 8) * 10.0
+    scale = static_scale([inputs], torch.float32, FP8)
+    assert scale * 448 == pytest.approx(float(inputs.abs().max()))
+    rounded = round_inputs(inputs, scale, FP8)
+    large = inputs.abs() > scale * 2**-6
+    assert bool(((rounded - inputs).abs() <= 2**-4 * 1.0001 * inputs.abs())[large].all())
+
+
 def test_inputs_that_never_fire_get_a_static_scale_above_zero() -> None:
     """All-zero calibration inputs do not make a scale of 0 or NaN."""
     assert static_scale([torch.zeros(5, 8)], torch.float16) > 0
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("grid", ["int8", "int4", FP8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_gptq_beats_rounding_on_correlated_inputs(bits: int, dtype: torch.dtype) -> None:
+def test_gptq_beats_rounding_on_correlated_inputs(grid: str, dtype: torch.dtype) -> None:
     """On inputs that mostly lie in few directions, compensation leaves less than two thirds of the output error."""
     weight, x = random_matrix(128, 48), correlated_inputs(512, 128)
     want = x @ weight
-    compensated = gptq(weight, x.t() @ x, bits, 32, dtype)
-    rounded = round_to_nearest(weight, bits, 32, dtype)
+    compensated = gptq(weight, x.t() @ x, grid, 32, dtype)
+    rounded = round_to_nearest(weight, grid, 32, dtype)
     errors = [float((x @ q.dequantize() - want).norm()) for q in (compensated, rounded)]
     assert errors[0] < 0.66 * errors[1]  # 0.2 to 0.3 observed
     assert compensated.codes.shape == weight.shape and compensated.scales.shape == (4, 48)
     assert compensated.scales.dtype == dtype
-    low, high = LIMITS[bits]
-    assert int(compensated.codes.min()) >= low and int(compensated.codes.max()) <= high
+    codes = compensated.codes.float()
+    assert float(codes.min()) >= GRIDS[grid].low and float(codes.max()) <= GRIDS[grid].high
 
 
 @pytest.mark.parametrize("block", [32, None])
 def test_int8_gptq_on_independent_inputs_is_rounding(block: int | None) -> None:
     """With nothing to compensate through (a diagonal Hessian), codes and scales are those of rounding."""
     weight = random_matrix(64, 8)
-    compensated = gptq(weight, 3.0 * torch.eye(64), 8, block, torch.float32)
-    rounded = round_to_nearest(weight, 8, block, torch.float32)
+    compensated = gptq(weight, 3.0 * torch.eye(64), "int8", block, torch.float32)
+    rounded = round_to_nearest(weight, "int8", block, torch.float32)
     assert torch.equal(compensated.codes, rounded.codes) and torch.equal(compensated.scales, rounded.scales)
 
 
 def test_int4_scale_search_never_loses_to_the_full_range() -> None:
     """The searched scale of every column rounds with at most the squared error of the full-range scale."""
     weight = random_matrix(64, 8)
-    searched = gptq(weight, 3.0 * torch.eye(64), 4, 32, torch.float32).dequantize()
-    full = round_to_nearest(weight, 4, 32, torch.float32).dequantize()
+    searched = gptq(weight, 3.0 * torch.eye(64), "int4", 32, torch.float32).dequantize()
+    full = round_to_nearest(weight, "int4", 32, torch.float32).dequantize()
     error, bound = ((x - weight).square().view(2, 32, 8).sum(1) for x in (searched, full))
     assert bool((error <= bound * (1 + 1e-6)).all())  # sums of 32 fp32 squares
     assert bool((error < bound).any())
@@ -177,7 +199,7 @@ def test_gptq_does_not_depend_on_the_hessians_scale() -> None:
     weight, x = random_matrix(64, 16), correlated_inputs(256, 64)
     x[:, [3, 40]] = 0
     hessian = x.double().t() @ x.double()
-    results = [gptq(weight, hessian * factor, 4, 32, torch.float32) for factor in (1.0, 2.0**-30)]
+    results = [gptq(weight, hessian * factor, "int4", 32, torch.float32) for factor in (1.0, 2.0**-30)]
     assert torch.equal(results[0].codes, results[1].codes)
 
 
@@ -187,16 +209,16 @@ def test_gptq_survives_inputs_that_never_fire() -> None:
     x[:, 10:20] = 0
     hessian = x.t() @ x
     before = weight.clone(), hessian.clone()
-    assert bool(gptq(weight, hessian, 4, 32, torch.float32).dequantize().isfinite().all())
+    assert bool(gptq(weight, hessian, "int4", 32, torch.float32).dequantize().isfinite().all())
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
-    dead = gptq(weight, torch.zeros(64, 64), 8, 32, torch.float32)
-    assert torch.equal(dead.codes, round_to_nearest(weight, 8, 32, torch.float32).codes)
+    dead = gptq(weight, torch.zeros(64, 64), "int8", 32, torch.float32)
+    assert torch.equal(dead.codes, round_to_nearest(weight, "int8", 32, torch.float32).codes)
 
 
 def test_gptq_keeps_zero_blocks_zero() -> None:
     """An all-zero matrix stays all zero through compensation."""
     x = correlated_inputs(128, 64)
-    assert not bool(gptq(torch.zeros(64, 4), x.t() @ x, 4, 32, torch.float16).dequantize().any())
+    assert not bool(gptq(torch.zeros(64, 4), x.t() @ x, "int4", 32, torch.float16).dequantize().any())
 
 
 @given(st.lists(st.integers(-8, 7), min_size=2, max_size=64).filter(lambda c: len(c) % 2 == 0))
@@ -229,5 +251,5 @@ def test_an_odd_number_of_codes_is_refused() -> None:
 def test_the_sign_of_an_int4_scale_puts_the_extreme_on_the_longer_end() -> None:
     """A block whose extreme is positive gets a negative scale, so that -8 stands for it."""
     weight = torch.tensor([[0.8], [-0.4]]).repeat(16, 1)
-    assert block_scales(weight, 4, 32).item() == pytest.approx(-0.1)
-    assert block_scales(-weight, 4, 32).item() == pytest.approx(0.1)
+    assert block_scales(weight, "int4", 32).item() == pytest.approx(-0.1)
+    assert block_scales(-weight, "int4", 32).item() == pytest.approx(0.1)

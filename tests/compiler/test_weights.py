@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eopc_compiler.quantize import Quantized, round_to_nearest
+from eopc_compiler.quantize import FP8, Quantized, round_to_nearest
 from eopc_compiler.weights import (
     ALIGNMENT,
     ColumnMatrix,
@@ -28,8 +28,8 @@ def random_tensor(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
 
 
-def quantized(rows: int, columns: int, bits: int, block: int | None) -> Quantized:
-    return round_to_nearest(random_tensor(rows, columns), bits, block, torch.float16)
+def quantized(rows: int, columns: int, grid: str, block: int | None) -> Quantized:
+    return round_to_nearest(random_tensor(rows, columns), grid, block, torch.float16)
 
 
 def stored_parts(entry: Entry) -> Iterator[Stored]:
@@ -61,8 +61,8 @@ def test_offsets_are_aligned_and_runs_do_not_overlap(tmp_path: Path) -> None:
         entries: list[Entry] = [
             writer.tensor(random_tensor(5), "float32"),
             writer.columns(random_tensor(8, 15), [(3, 3), (3, 1), (3, 1)], [1, 3], "float16"),
-            writer.columns(quantized(64, 12, 4, 32), [(6, 1), (6, 1)], [2, 6], "float16"),
-            writer.rows(quantized(64, 7, 8, 32), "float16"),
+            writer.columns(quantized(64, 12, "int4", 32), [(6, 1), (6, 1)], [2, 6], "float16"),
+            writer.rows(quantized(64, 7, "int8", 32), "float16"),
             writer.rows(random_tensor(9, 3), "float32", 3),
         ]
     end = 0
@@ -72,10 +72,10 @@ def test_offsets_are_aligned_and_runs_do_not_overlap(tmp_path: Path) -> None:
     assert (tmp_path / "w").stat().st_size == end
 
 
-@pytest.mark.parametrize(("bits", "block"), [(None, None), (8, None), (8, 32), (4, 32)])
-def test_prefix_rows_are_the_same_bytes(tmp_path: Path, bits: int | None, block: int | None) -> None:
+@pytest.mark.parametrize(("grid", "block"), [(None, None), ("int8", None), ("int8", 32), ("int4", 32), (FP8, None)])
+def test_prefix_rows_are_the_same_bytes(tmp_path: Path, grid: str | None, block: int | None) -> None:
     """A tier that keeps fewer rows points at the same offset, reads fewer bytes, and gets the matrix's first rows."""
-    matrix = random_tensor(96, 6) if bits is None else quantized(96, 6, bits, block)
+    matrix = random_tensor(96, 6) if grid is None else quantized(96, 6, grid, block)
     dense = matrix if isinstance(matrix, Tensor) else matrix.dequantize()
     with WeightWriter(tmp_path / "w") as writer:
         entry = writer.rows(matrix, "float32", rows_per_unit=32)
@@ -92,9 +92,9 @@ def test_prefix_rows_are_the_same_bytes(tmp_path: Path, bits: int | None, block:
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
-@given(st.data(), st.sampled_from([None, (8, None), (8, 32), (4, 32)]))
+@given(st.data(), st.sampled_from([None, ("int8", None), ("int8", 32), ("int4", 32), (FP8, None)]))
 def test_column_pieces_join_to_exactly_the_tiers_matrix(
-    tmp_path: Path, data: st.DataObject, layout: tuple[int, int | None] | None
+    tmp_path: Path, data: st.DataObject, layout: tuple[str, int | None] | None
 ) -> None:
     """For any parts side by side and any cuts: the pieces of a tier are the first units of each part, in order."""
     units = data.draw(st.integers(1, 5))
@@ -132,7 +132,7 @@ def test_cutting_columns_adds_no_bytes(tmp_path: Path) -> None:
     sizes = []
     for bounds in ([6], [1, 2, 6]):
         with WeightWriter(tmp_path / "w") as writer:
-            writer.columns(quantized(64, 18, 8, 32), [(6, 1), (6, 2)], bounds, "float16")
+            writer.columns(quantized(64, 18, "int8", 32), [(6, 1), (6, 2)], bounds, "float16")
         sizes.append(writer.histogram)
     assert sizes[0] == sizes[1]
 
@@ -140,7 +140,7 @@ def test_cutting_columns_adds_no_bytes(tmp_path: Path) -> None:
 def test_int4_is_stored_two_to_a_byte_as_onnx_reads_it(tmp_path: Path) -> None:
     """The bytes of an int4 piece are onnx's INT4 raw data of its codes."""
     onnx = pytest.importorskip("onnx")
-    matrix = quantized(32, 6, 4, 32)
+    matrix = quantized(32, 6, "int4", 32)
     with WeightWriter(tmp_path / "w") as writer:
         entry = writer.columns(matrix, [(3, 1), (3, 1)], [1, 3], "float16")
     raw = (tmp_path / "w").read_bytes()

@@ -11,11 +11,11 @@ from eopc_runtime.engines import phase_graphs
 from eopc_runtime.errors import DeviceError
 
 # Fitted to the peak resident memory of TensorRT-RTX 1.7 builds with two profiles, 1 to 6 layers of width 576 and 2048:
-# within 10 % for fp16 and for 30 layers in fp32 (3.3 GB), high for int8. int4 and TensorRT itself were not measured.
+# within 10 % for fp16 and for 30 layers in fp32 (3.3 GB), high for int8. int4, fp8 and TensorRT itself: not measured.
 BASE_BYTES = 240_000_000
 LAYER_BYTES = 16_000_000
 MATRICES = 3  # gate, up and down: a channel is a row of each
-WEIGHT_FACTOR = {"fp32": 5.0, "fp16": 5.0, "int8": 3.0, "int4": 5.0}
+WEIGHT_FACTOR = {"fp32": 5.0, "fp16": 5.0, "int8": 3.0, "fp8": 5.0, "int4": 5.0}
 
 
 def check_memory(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from eopc_compiler.board.engine_job import EngineJob, JobResult, run_job
 from eopc_compiler.board.engine_memory import check_memory, graph_bytes
-from eopc_compiler.board.engine_target import BuildTarget, check_dialect, resolve_target
+from eopc_compiler.board.engine_target import BuildTarget, check_target, resolve_target
 from eopc_compiler.board.tensorrt_build import BuildSettings
 from eopc_compiler.cache import lock_folder
 from eopc_runtime.bundle import Bundle, Manifest, TierInfo
@@ -82,7 +82,7 @@ def build_engines(args: EngineArgs, say: Say, tick: Say, run: Callable[..., JobR
     bundle = Bundle.open(args.bundle)
     infos = [bundle.tier(name) for name in args.tiers] or list(bundle.manifest.tiers)
     target = resolve_target(args.device or bundle.manifest.device, args.proxy)
-    check_dialect(target, bundle.manifest.dialect)
+    check_target(target, bundle.manifest.dialect, bundle.manifest.precision)
     settings = choose_settings(bundle.manifest, args)
     check_graphs(bundle, infos, target, settings)
     say(f"building {', '.join(i.tier for i in infos)} with {target.title}")

@@ -17,6 +17,7 @@ from eopc_runtime.errors import DeviceError
 from eopc_runtime.gpu_probe import probe_gpu
 from eopc_runtime.profiles import ENGINE_COMPILERS, EngineTarget, list_profiles, load_profile
 
+FP8_SINCE = 89  # Ada; the multiplier of 8-bit floats
 NATIVE_SINCE = (10, 15)  # Attention, RotaryEmbedding and TensorScatter in TensorRT's parser
 
 
@@ -89,8 +90,13 @@ def device_engine(device: str) -> tuple[str, EngineTarget]:
     return profile.name, profile.engine
 
 
-def check_dialect(target: BuildTarget, dialect: str) -> None:
-    """Raise DeviceError for graphs whose operators this TensorRT does not have, before minutes are spent on it."""
+def check_target(target: BuildTarget, dialect: str, precision: str) -> None:
+    """Raise DeviceError for graphs that this TensorRT or GPU has no means to run, before minutes are spent on it."""
+    if precision == "fp8" and target.compute_capability < FP8_SINCE:
+        raise DeviceError(
+            f"SM{target.compute_capability} does not multiply 8-bit floats, which need SM{FP8_SINCE}. "
+            f"Build a bundle for {target.device} with --precision int8 or fp16."
+        )
     if target.compiler == "tensorrt" and dialect == "native" and target.release < NATIVE_SINCE:
         raise DeviceError(
             f"TensorRT {target.version} has no operators for native graphs, which need 10.15 (JetPack 7.2). On the "

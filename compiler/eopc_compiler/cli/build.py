@@ -19,7 +19,7 @@ from eopc_runtime.units import format_energy, parse_budgets
 if TYPE_CHECKING:
     from eopc_compiler.calibration import CalibSelect
 
-PRECISIONS = ("auto", "fp32", "fp16", "int8", "int4")
+PRECISIONS = ("auto", "fp32", "fp16", "fp8", "int8", "int4")
 
 
 @click.command(name="build")
@@ -40,7 +40,7 @@ PRECISIONS = ("auto", "fp32", "fp16", "int8", "int4")
 @click.option(
     "--mask", "masks", multiple=True, type=click.Path(path_type=Path), help="Given masks, largest first; repeatable."
 )
-@click.option("--precision", default="auto", show_default=True, help="auto, or a list of int4, int8, fp16, fp32.")
+@click.option("--precision", default="auto", show_default=True, help="auto, or a list of int4, int8, fp8, fp16, fp32.")
 @click.option("--max-added-loss", default=0.02, show_default=True, help="Nats per token a precision may add.")
 @click.option("--dialect", type=click.Choice(["primitive", "native"]), help="ONNX dialect. [default: the device's]")
 @click.option("--context", default=2048, show_default=True, help="Largest prompt plus answer, tokens.")

@@ -91,7 +91,9 @@ class OrtTier:
             "session.model_external_initializers_file_folder_path", str(bundle.root.resolve())
         )
         graph = exact or bundle.path(info.graph).read_bytes()
-        self.in_floating_point = not providers and rounds_inputs(graph) and int8_products_overflow()
+        self.in_floating_point = (
+            not providers and manifest.precision != "fp8" and rounds_inputs(graph) and int8_products_overflow()
+        )
         if self.in_floating_point:  # exact, but slower and with unpacked weights
             options.add_session_config_entry("session.disable_quant_qdq", "1")
 

@@ -63,7 +63,7 @@ def make_tier(cached_traces: None, make_tiny: Any, tmp_path_factory: pytest.Temp
             **changes,
         )
         masks = [full_mask(config), PRUNED, SHORT]
-        storage = Storage.choose(precision, dtype, DIALECTS[dialect], {128, 192, 256}, layers=2)
+        storage = Storage.choose(precision, dtype, DIALECTS[dialect], {128, 192, 256}, 2, precision == "fp8")
         if key not in done:
             root = tmp_path_factory.mktemp("-".join(map(str, key)))
             orders = [UnitOrder(tuple(range(2)), tuple(range(256))) for _ in config.layers]

@@ -19,7 +19,7 @@ from eopc_compiler.board.compilers import Compiler
 from eopc_compiler.board.engine_job import EngineJob, JobResult, run_job
 from eopc_compiler.board.engine_memory import build_bytes, check_memory, graph_bytes
 from eopc_compiler.board.engine_set import EngineArgs, build_engines, check_graphs
-from eopc_compiler.board.engine_target import BuildTarget, check_dialect, device_engine
+from eopc_compiler.board.engine_target import BuildTarget, check_target, device_engine
 from eopc_compiler.board.rules import RefusedGraphError
 from eopc_compiler.board.tensorrt_build import BuilderCrashError, BuildSettings, EngineBuildError
 from eopc_runtime.bundle import Bundle
@@ -223,9 +223,16 @@ def test_graphs_are_held_against_the_rules_without_torch(bundle: Path) -> None:
 def test_native_graphs_are_refused_by_an_old_tensorrt() -> None:
     """TensorRT 10.3 lacks their operators; the message says which bundle to build."""
     with pytest.raises(DeviceError, match=r"TensorRT 10\.3\.0 .* --device orin --dialect primitive"):
-        check_dialect(replace(ORIN, version="10.3.0"), "native")
-    check_dialect(replace(ORIN, version="10.3.0"), "primitive")
-    check_dialect(ORIN, "native")
+        check_target(replace(ORIN, version="10.3.0"), "native", "int8")
+    check_target(replace(ORIN, version="10.3.0"), "primitive", "int8")
+    check_target(ORIN, "native", "int8")
+
+
+def test_8_bit_floats_need_an_ada_or_later() -> None:
+    """The message names both architectures and what to build instead."""
+    with pytest.raises(DeviceError, match=r"SM87 does not multiply 8-bit floats.*SM89.*--precision int8"):
+        check_target(ORIN, "native", "fp8")
+    check_target(replace(ORIN, compute_capability=89), "native", "fp8")
 
 
 def test_every_nvidia_profile_has_a_target_and_a_proxy() -> None:

@@ -129,7 +129,7 @@ BROKEN = {
         builds=True,
     ),
     "fp8": Broken(
-        "tensor-type",
+        "fp8",
         "FLOAT8E4M3FN",
         graph(
             [node("QuantizeLinear", ["k_cache_0", "s", "z"], ["c"], "n"), node("DequantizeLinear", ["c", "s"], ["y"])],
@@ -305,7 +305,7 @@ def test_the_lists_name_their_versions() -> None:
     assert set(LISTS) == {"tensorrt-10.3", "tensorrt-10.15", "tensorrt-11.4", RTX}
     new = set(LISTS["tensorrt-10.15"].operators) - set(LISTS["tensorrt-10.3"].operators)
     assert new == {"Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter"}
-    assert not {"topk-sorted", "int4"} & names(LISTS[RTX])
+    assert not {"topk-sorted", "int4", "fp8"} & names(LISTS[RTX])
 
 
 def names(rules: AllowList) -> set[str]:

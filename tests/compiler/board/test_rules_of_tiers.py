@@ -23,10 +23,11 @@ from .conftest import with_a_foreign_operator
 
 CACHE_LEN = 48
 EMITTED = [  # no device has int4 in the primitive dialect, see the test below
-    *((precision, "native", "t1") for precision in ("fp32", "fp16", "int8", "int4")),
+    *((precision, "native", "t1") for precision in ("fp32", "fp16", "fp8", "int8", "int4")),
     *((precision, "primitive", "t1") for precision in ("fp32", "fp16", "int8")),
     ("int8", "native", "t0"),
     ("int4", "native", "t0"),  # its int4 pieces are joined after their products
+    ("fp8", "native", "t0"),  # and so are its 8-bit floats
     ("fp16", "primitive", "t0"),
 ]
 LISTS = {rules.name: rules for rules in all_lists()}

@@ -62,6 +62,16 @@ def test_builds_for_sm89(make_tier: Any, rtx: Any) -> None:
     assert _compile(make_tier("int8", "native", "float16", "t0"), "t0", 89).bytes > 10_000
 
 
+@pytest.mark.parametrize("tier", ["t0", "t1"])
+def test_8_bit_floats_are_multiplied_as_such_on_sm89(tier: str, make_tier: Any, rtx: Any) -> None:
+    """Products of q/k/v, gate and up read FP8 on both sides; SM86 has no such multiplier and refuses the graph."""
+    root = make_tier("fp8", "native", "float16", tier)
+    products = [line for line in _compile(root, tier, 89).layers if "gemm" in line and "Datatype: FP8" in line]
+    assert len(products) >= 4
+    with pytest.raises(EngineBuildError, match="fp8"):
+        _compile(root, tier, 86)
+
+
 def test_builds_from_a_workspace(make_tier: Any, rtx: Any, tmp_path: Path) -> None:
     """TensorRT reads joined constants from their own file and weights.bin through a link."""
     root = make_tier("int8", "native", "float16", "t1")

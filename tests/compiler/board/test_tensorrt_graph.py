@@ -23,7 +23,9 @@ KINDS = [
     ("int8", "primitive", "float16"),
     ("fp32", "native", "float32"),
     ("int4", "native", "float16"),
+    ("fp8", "native", "float16"),
 ]
+CODES = (TensorProto.INT8, TensorProto.INT4, TensorProto.FLOAT8E4M3FN)
 GRAPH = Path("tiers/t1/model.onnx")
 
 
@@ -54,7 +56,7 @@ def test_cache_dimension_becomes_a_number_everywhere(make_tier: Any) -> None:
 def test_every_quantised_constant_feeds_a_dequantize(kind: tuple[str, str, str], make_tier: Any) -> None:
     """What TensorRT demands of int8 and int4 constants, and that no Concat joins constants any more."""
     model = prepare_for_tensorrt(make_tier(*kind, "t1"), GRAPH, CACHE_LEN)
-    quantised = {t.name for t in model.graph.initializer if t.data_type in (TensorProto.INT8, TensorProto.INT4)}
+    quantised = {t.name for t in model.graph.initializer if t.data_type in CODES and t.dims}
     constants = {t.name for t in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type != "DequantizeLinear":
