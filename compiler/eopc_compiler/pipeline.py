@@ -221,7 +221,9 @@ def plan_tiers(state: CompileState) -> CompileState:
         tiers = plan_ladder(full, args.budgets_j, objective, args.search_seconds, args.seed, state.tick)
 
         def behind(depth: int) -> Behind:
-            losses = lru_cache(lambda: ContinuationLoss(model, text, args.prompt_part, depth))  # not before it is asked
+            def losses() -> ContinuationLoss:  # made when it is asked for, and not kept: it holds every layer's inputs
+                return ContinuationLoss(model, text, args.prompt_part, depth)
+
             return Behind(
                 price=lambda mask: plan_energy(state, mask, storage, depth),
                 whole=lru_cache(lambda: mean(losses().of_mask(full).values())),
