@@ -115,13 +115,15 @@ def test_a_prompt_that_skips_layers_builds(dialect: str, target: int, make_tier:
     assert (plan.profiles, plan.attention_layers) == (1, 1)
 
 
-@pytest.mark.parametrize(("stored", "opset"), [("fp16", 20), ("int8", 24)])
-def test_the_graph_that_gathers_weights_builds(stored: str, opset: int, rtx: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stored", "opset", "target"), [("fp16", 20, 86), ("int8", 24, 86), ("fp16", 24, 89)])
+def test_the_graph_that_gathers_weights_builds(stored: str, opset: int, target: int, rtx: Any, tmp_path: Path) -> None:
     """In a child process, with its tables in a file beside it: one plan of fixed shapes, without attention."""
     path = tmp_path / "gather.onnx"
     graph = gather_graph(stored=stored, opset=opset)
     onnx.save(graph, str(path), save_as_external_data=True, location="weights.bin", size_threshold=1024)
-    job = EngineJob(rtx.name, 86, str(tmp_path), path.name, "gather", SETTINGS, 100_000, str(tmp_path / "p.plan"), None)
+    job = EngineJob(
+        rtx.name, target, str(tmp_path), path.name, "gather", SETTINGS, 100_000, str(tmp_path / "p.plan"), None
+    )
     built = run_job(job, lambda _text: None)
     assert (tmp_path / "p.plan").stat().st_size == built.bytes > 3 * 128 * 128  # the tables are in it
     assert (built.attention_layers, built.fallback) == (0, False)
