@@ -25,20 +25,18 @@ from pathlib import Path
 import click
 import torch
 from corpora import add_corpora_option, evaluation_windows
-from ladder import DOMAINS, PASSES, throughout
+from ladder import DOMAINS, start, throughout
 
-from eopc_compiler.cache import StageCache
 from eopc_compiler.calibration import Batch
 from eopc_compiler.handover import ContinuationLoss, repair_tier
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.model import Llama
-from eopc_compiler.pipeline import plan_tiers, run_passes
+from eopc_compiler.pipeline import plan_tiers
 from eopc_compiler.planner import TierPlan, shrink_to_budget
 from eopc_compiler.pricing import reference_energy
 from eopc_compiler.selector_fit import selected_losses
 from eopc_compiler.state import BuildArgs, CompileState, Workload
 from eopc_compiler.stored_model import deployed_model, fit, repair
-from eopc_runtime.profiles import load_profile
 from eopc_runtime.units import format_energy, parse_budgets
 
 
@@ -152,8 +150,7 @@ def main() -> None:
         prefill_depth="all",
         selectors="off",
     )
-    cache = StageCache(folder / ".work", True)
-    state = run_passes(CompileState(args, cache, load_profile(args.device), click.echo, lambda _text: None), PASSES)
+    state = start(args, folder)
     assert state.checkpoint and state.storage
     kinds = {"pruned": replace(args, prefill_depth="auto"), "chosen": replace(args, selectors="on")}
     plans = {"static": state.plan} | {k: plan_tiers(replace(state, args=a)).plan for k, a in kinds.items()}

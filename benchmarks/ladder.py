@@ -75,9 +75,7 @@ def main() -> None:
         search_seconds=options.search_seconds,
         prefill_depth="all",
     )
-    state = run_passes(
-        CompileState(args, StageCache(folder / ".work", True), load_profile(args.device), click.echo, _no), PASSES
-    )
+    state = start(args, folder)
     assert state.checkpoint and state.storage
     model = deployed_model(state, state.storage)
     text = evaluation_windows(state.checkpoint.tokenizer(), options.corpora, DOMAINS, options.windows, LENGTH)
@@ -90,6 +88,12 @@ def main() -> None:
         for name, mask, losses in variants(state, model, tier.mask, tier.budget_j, held_out, text.batches()):
             price = reference_energy if name == "throughout" else plan_energy
             _row(name, {d: losses[d] - dense[d] for d in dense}, price(state, mask, state.storage), _kept(state, mask))
+
+
+def start(args: BuildArgs, folder: Path) -> CompileState:
+    """A build up to its plan, stages kept in the folder."""
+    cache = StageCache(folder / ".work", True)
+    return run_passes(CompileState(args, cache, load_profile(args.device), click.echo, lambda _text: None), PASSES)
 
 
 def variants(
@@ -176,10 +180,6 @@ def _kept(state: CompileState, mask: Mask) -> str:
 def _row(name: str, added: dict[int, float], joules: float, kept: str = "") -> None:
     cells = "  ".join(f"{DOMAINS[d]} +{v:.3f}" for d, v in sorted(added.items()))
     click.echo(f"  {name:14} {joules:6.3f} J  {cells}  mean +{sum(added.values()) / len(added):.3f}  {kept}")
-
-
-def _no(_text: str) -> None:
-    """Progress is the printed rows."""
 
 
 if __name__ == "__main__":
