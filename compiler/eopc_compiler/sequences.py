@@ -62,8 +62,10 @@ def attention_received(model: Llama, layer: Block, x: Tensor, observers: int) ->
 
 
 def keys_and_values(model: Llama, layer: Block, x: Tensor, start: int = 0) -> Past:
-    """What a block puts into the cache for inputs x [n, S, hidden] at positions start..start+S-1."""
+    """What a block puts into the cache for inputs x [n, S, hidden] at positions start..start+S-1; S may be 0."""
     batch, length, _ = x.shape
+    if not length:
+        return (x.new_zeros(batch, layer.self_attn.kv_heads, 0, layer.self_attn.head_dim),) * 2
     _, k, v, _ = layer.self_attn.project(layer.input_layernorm(x), _rotary(model, batch, start, length))
     return k, v
 

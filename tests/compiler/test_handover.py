@@ -24,6 +24,7 @@ from eopc_compiler.handover import (
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.model import Cache, Llama, build_model
 from eopc_compiler.quantize import Quantized, round_to_nearest
+from eopc_compiler.sequences import mean_loss
 from eopc_compiler.tier_model import tier_view
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
@@ -166,6 +167,14 @@ def test_repair_lowers_the_loss_it_is_fitted_for(make_tiny: MakeTiny, mask: Mask
     )
     assert dense < fitted < biased < bare
     assert bare - fitted > 0.1 * (bare - dense)
+
+
+def test_without_a_prompt_a_tier_is_repaired_for_whole_windows(make_tiny: MakeTiny) -> None:
+    """Nothing is inherited; the repaired tier loses less on the windows it is fitted to."""
+    model = deployed(make_tiny)
+    text = batches_of(sampled(model, 48, 1))
+    tier, _ = repair_tier(model, HALVED, text, 0, range(3))
+    assert mean_loss(tier, text[0].tokens) < mean_loss(tier_view(model, HALVED), text[0].tokens)
 
 
 def test_layers_outside_own_get_a_bias_that_keeps_the_mean(make_tiny: MakeTiny) -> None:
