@@ -4,6 +4,9 @@ The answer runs behind the whole model's cache, on the core and on what each pro
 sequence to sequence, so no map can make up for them one by one; but over the calibration text the kept ones tell
 something of the others. From the first layer up, behind already fitted ones, W' minimises E||W'(m ⊙ z) - W z||² over
 continuations, m being 1 for the core and the chosen channels (least squares with a ridge towards W, surgery.repair).
+
+The ridge counts the squares of z over prompts too. A sequence's first token is unlike all others: a few of its channels
+are hundreds of times larger, and all later attention rests on it. Where no prompt has run, it meets W' as well.
 """
 
 from __future__ import annotations
@@ -83,13 +86,14 @@ def fit_selector(
         middle = [add_attention(model, layer, x, past) for x, past in zip(ours, pasts, strict=True)]
         hidden = [ffn_inputs(layer, x) for x in middle]
         targets = [down(h) for h in hidden]
-        plain = _unfitted(layer, selector, index, energies, batches, prompt)
+        mean = _mean_squares(energies, batches, prompt)[:width]
+        plain = _unfitted(layer, selector, index, mean)
         masks = [plain.kept(energy[:, :width], selector.chosen[index]) for energy in energies]
         inputs = [h[..., :width] * mask[:, None] for h, mask in zip(hidden, masks, strict=True)]
         moments = sum_moments(batches, inputs, targets).moments()
         every = torch.arange(width)
         damping = RIDGE_TOKENS / moments.rows
-        weight = repair(moments, down.weight[:width].t(), every, damping)[0].t().float().contiguous()
+        weight = repair(moments, down.weight[:width].t(), every, damping, mean)[0].t().float().contiguous()
         stored = round_weight(index, weight[:core].contiguous(), moments.covariance[:core, :core])
         whole = replace(plain, core=stored, pool=weight[core:].to(dtype).float())
         weight = whole.down()  # as it is stored
@@ -105,7 +109,9 @@ def fit_selector(
 def unfitted(model: Llama, selector: Selector, batches: Sequence[Batch], prompt: int) -> tuple[FittedChannels, ...]:
     """The same without a fit: the maps as they are, and what ranks the channels."""
     layers = enumerate(_prompts(model, batches, prompt))
-    return tuple(_unfitted(model.blocks[i], selector, i, energies, batches, prompt) for i, (_, energies) in layers)
+    return tuple(
+        _unfitted(model.blocks[i], selector, i, _mean_squares(energies, batches, prompt)) for i, (_, energies) in layers
+    )
 
 
 @torch.no_grad()
@@ -145,15 +151,17 @@ def _prompts(model: Llama, batches: Sequence[Batch], prompt: int) -> Iterator[tu
         dense = [x + layer.mlp.down_proj(h) for x, h in zip(middle, hidden, strict=True)]
 
 
-def _unfitted(
-    layer: Block, selector: Selector, index: int, energies: Sequence[Tensor], batches: Sequence[Batch], prompt: int
-) -> FittedChannels:
-    """A layer as the whole model has it, with what ranks its channels."""
-    core, width = selector.core[index], selector.core[index] + selector.pool[index]
-    weight = layer.mlp.down_proj.weight.data
+def _mean_squares(energies: Sequence[Tensor], batches: Sequence[Batch], prompt: int) -> Tensor:
+    """Mean squares [ffn] of what down_proj reads over prompts, from their energies."""
     shares = [b.weight * energy.sum(0) for b, energy in zip(batches, energies, strict=True)]
     tokens = sum(b.weight * len(energy) * (prompt - 1) for b, energy in zip(batches, energies, strict=True))
-    mean = torch.stack(shares).sum(0) / tokens
+    return torch.stack(shares).sum(0) / tokens
+
+
+def _unfitted(layer: Block, selector: Selector, index: int, mean: Tensor) -> FittedChannels:
+    """A layer as the whole model has it, with what ranks its channels: mean squares over prompts [core + pool]."""
+    core, width = selector.core[index], selector.core[index] + selector.pool[index]
+    weight = layer.mlp.down_proj.weight.data
     return FittedChannels(
         weight[:core],
         weight[core:width],

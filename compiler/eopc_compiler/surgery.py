@@ -175,14 +175,24 @@ def obs_removals(
     return Removals(tuple(order), tuple(errors))
 
 
-def repair(moments: Moments, weight: Tensor, kept: Tensor, damping: float | None = None) -> tuple[Tensor, Tensor]:
+def repair(
+    moments: Moments,
+    weight: Tensor,
+    kept: Tensor,
+    damping: float | None = None,
+    elsewhere: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Least squares for the kept inputs: weight [out, kept] and bias [out], fp64, ridge towards `weight`.
 
     W' = (C_K + W_K R)(Σ_KK + R)⁻¹ and b = t̄ - W' x̄_K, with C the cross moments of the target, Σ the covariance and
     R = λ diag(Σ), λ being `damping`, by default that of the moments.
+
+    Args:
+        elsewhere: mean squares [kept] of inputs that the map must serve as well, though it is not fitted to them; R
+            counts them where they are above the variance.
     """
     part = moments.restricted(kept)
-    ridge = ridge_of(part.covariance, moments.damping if damping is None else damping)
+    ridge = ridge_of(part.covariance, moments.damping if damping is None else damping, elsewhere)
     prior = weight.double()[:, kept]
     fitted = torch.linalg.solve(part.covariance + ridge.diag(), (part.cross + prior * ridge).t()).t()
     return fitted, moments.target_mean - fitted @ part.mean
@@ -210,9 +220,15 @@ def damped(covariance: Tensor, damping: float) -> Tensor:
     return covariance + ridge_of(covariance, damping).diag()
 
 
-def ridge_of(covariance: Tensor, damping: float) -> Tensor:
-    """The diagonal of R = λ diag(Σ), with a floor for inputs that do not vary; ones where none does."""
+def ridge_of(covariance: Tensor, damping: float, elsewhere: Tensor | None = None) -> Tensor:
+    """The diagonal of R = λ diag(Σ), with a floor for inputs that do not vary; ones where none does.
+
+    Args:
+        elsewhere: as of `repair`.
+    """
     variance = covariance.diagonal()
+    if elsewhere is not None:
+        variance = torch.maximum(variance, elsewhere.double())
     floor = VARIANCE_FLOOR * variance.mean()
     return damping * variance + (floor if floor > 0 else 1.0)
 

@@ -180,6 +180,20 @@ def test_without_a_damping_the_ridge_counts_as_a_fixed_number_of_tokens() -> Non
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
+def test_inputs_that_are_large_elsewhere_keep_their_weights() -> None:
+    """Left-out inputs are made up for by the others, but not through one that other tokens fire a thousand times."""
+    x, weight = data()
+    kept = torch.arange(INPUTS - 3)
+    moments = moments_of(x, x @ weight.t())
+    squares = torch.zeros(len(kept))
+    squares[2] = 1e6 * float(moments.covariance[2, 2])
+    free, bound = (repair(moments, weight, kept, 0.01, e)[0].float() for e in (None, squares))
+    assert float((free - weight[:, kept])[:, 2].abs().max()) > 0.05
+    assert float((bound - weight[:, kept])[:, 2].abs().max()) < 1e-3
+    others = [0, 1, *range(3, len(kept))]
+    assert float((bound - weight[:, kept])[:, others].abs().max()) > 0.05
+
+
 def test_repair_with_everything_kept_changes_nothing() -> None:
     """Where the target is the map's own output, ridge and data agree on the weights."""
     x, weight = data()
