@@ -32,9 +32,8 @@ def build_section(facts: Facts) -> Section:
         **{f"calibration text: {key}": value for key, value in manifest.calibration.items()},
         "manifest sha256": facts.manifest_sha256,
     }
-    maker, memory = facts.maker, facts.maker.machine.get("memory_bytes")
+    maker = facts.maker
     made = {"when": maker.when, **maker.machine, **{f"version of {k}": v for k, v in maker.versions.items()}}
-    made["memory_bytes"] = format_bytes(memory) if isinstance(memory, int) else None
     tables = [_pairs("The bundle", built), *_engines(facts), _pairs("Where this page was made", made)]
     return Section("build", "Parity, versions, machine", (), (), ((parity,) if keys else ()) + tuple(tables))
 
@@ -53,7 +52,7 @@ def shown(value: object) -> str:
 
 
 def _pairs(caption: str, pairs: Mapping[str, object]) -> Table:
-    rows = [(key.removesuffix("_bytes").replace("_", " "), shown(value)) for key, value in pairs.items()]
+    rows = [(key.replace("_", " "), shown(value)) for key, value in pairs.items()]
     return Table(caption, (), rows)
 
 

@@ -81,7 +81,11 @@ def curves_section(facts: Facts) -> Section:
         for spot in (spot_of(mode, plan, n),)
     ]
     headers = ("plan", "power mode", "n_in", "n_out*", "least per token", "advice", "why no optimum")
-    lengths = f"Lengths are the calibrated ones, {shown}" if table.calibration else f"No lengths were measured: {shown}"
+    lengths = (
+        f"Lengths are the calibrated ones, {shown}"
+        if table.calibration
+        else f"No lengths were measured; shown are {shown}"
+    )
     words = (
         "The fixed cost of a request is shared by more tokens as its answer grows, until the growing cache costs more. "
         f"{lengths}.",
@@ -95,7 +99,7 @@ def calibration_section(facts: Facts) -> Section:
     table = facts.bundle.energy
     found = table.calibration
     if found is None:
-        why = f"Not calibrated: the prices are {table.source}. On the device, `eopc calibrate` measures them."
+        why = f"Not calibrated: the prices are {table.source}. On the device, eopc calibrate measures them."
         return Section("calibration", "Calibration", (why,))
     words = [f"{found.cells} pairs of lengths, {found.hull}{_mode(table)}." if found.hull else f"{found.cells} cells."]
     if found.conformal:

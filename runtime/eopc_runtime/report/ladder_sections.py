@@ -70,7 +70,7 @@ def removed_section(facts: Facts) -> Section:
         if planned and planned.removed:
             lists.append(
                 Table(
-                    f"{tier.tier}: {len(planned.removed)} removals beyond {above.tier}, in the order they went",
+                    f"{tier.tier}: what it removed beyond {above.tier}, in the order it went",
                     ("#", "layer", "what", "units", f"saves ({source})", "adds, nats (predicted)"),
                     [
                         (
@@ -105,9 +105,9 @@ def map_section(facts: Facts) -> Section:
     legend = [(swatch(KV), "KV groups kept"), (swatch(FFN), "FFN channels kept")]
     if any(tier.selector for tier in tiers):
         legend.append((swatch(CHOSEN), "FFN channels the prompt chooses"))
-    pale = any(t.prefill and t.prefill.depth < len(t.layers) for t in tiers)
+    faded = any(t.prefill and t.prefill.depth < len(t.layers) for t in tiers)
     caption = "A row per layer, the first on top; a grey cell without bars is a layer that is left out."
-    caption += " Pale layers run in the answer only: prompts skip them." if pale else ""
+    caption += " Faded layers run in the answer only: prompts skip them." if faded else ""
     return Section("map", "Layer map", (), (Figure(layer_map(tiers), caption, tuple(legend)),))
 
 

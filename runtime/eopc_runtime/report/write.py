@@ -7,6 +7,7 @@ from pathlib import Path
 
 from eopc_runtime.bundle import Bundle
 from eopc_runtime.cli.machine import machine_info, versions
+from eopc_runtime.cli.output import format_bytes
 from eopc_runtime.errors import EopcError
 from eopc_runtime.files import write_whole
 from eopc_runtime.report.facts import Maker, gather
@@ -23,7 +24,10 @@ def write_report(
     The manifest does not list it: it is made from the bundle, at any time, and holds nothing that the runtime reads.
     Raises as `gather` and `render_page`; OSError where the file cannot be written.
     """
-    maker = Maker(datetime.now().astimezone().isoformat(" ", "minutes"), machine_info(), versions())
+    machine = machine_info()
+    memory = machine.pop("memory_bytes")
+    machine["memory"] = None if memory is None else format_bytes(memory)
+    maker = Maker(datetime.now().astimezone().isoformat(" ", "minutes"), machine, versions())
     page = render_page(gather(bundle, maker, log, validation))
     path = target or bundle.root / REPORT_NAME
     write_whole(path, page.encode("utf-8", "replace"))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from eopc_runtime.svg import Box, circle, document, log_ticks, path, series, text, x_labels, y_grid
 from eopc_runtime.validation.compare import Checked, Summary
 
-SIZE, LEFT, TOP = 420, 80, 60  # of the plot, and its place
+SIZE, LEFT, TOP = 420, 80, 80  # of the plot, and its place
 WIDTH, HEIGHT = LEFT + SIZE + 220, TOP + SIZE + 70
 
 
@@ -40,7 +40,7 @@ def scatter(box: Box, checked: Sequence[Checked], legend: tuple[float, float] | 
         path(f"M{box.x:g} {box.y:g}h{box.width:g}v{box.height:g}h-{box.width:g}z", stroke="ink"),
         path(f"M{box.x:g} {box.bottom:g}L{box.right:g} {box.y:g}", stroke="muted", dash="5 4"),
         text(box.x + box.width / 2, box.bottom + 38, "predicted J", anchor="middle"),
-        text(box.x, box.y - 6, "measured J", anchor="end"),
+        text(box.x - 44, box.y - 12, "measured J"),
     ]
     plans = sorted({item.plan for item, _ in points})
     for item, measured in points:
