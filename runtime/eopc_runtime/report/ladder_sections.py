@@ -22,6 +22,13 @@ def front_section(facts: Facts) -> Section:
     manifest, table = facts.bundle.manifest, facts.bundle.energy
     reference, *others = workloads(manifest)
     points = plan_points(manifest, table, facts.plan, reference)
+    words = (
+        f"A sequence runs a plan: its prompt on one tier, its answer on the same or a lower one. Joules are "
+        f"{table.source}, as charged, with a margin of {table.margin:.1%}.",
+    )
+    tables = (_plans(facts, points), _tiers(facts))
+    if len(points) == 1:  # nothing to compare
+        return Section("front", "Quality against joules", words, (), tables)
     budgets = sorted({tier.budget_j for tier in manifest.tiers if tier.budget_j is not None})
     legend = tuple((legend_mark(kind), kind) for kind in KINDS if any(p.kind == kind for p in points))
     loss = "nats per token above t0"
@@ -51,11 +58,7 @@ def front_section(facts: Facts) -> Section:
                 "their prompts in another way are not in it.",
             )
         )
-    words = (
-        f"A sequence runs a plan: its prompt on one tier, its answer on the same or a lower one. Joules are "
-        f"{table.source}, as charged, with a margin of {table.margin:.1%}.",
-    )
-    return Section("front", "Quality against joules", words, tuple(figures), (_plans(facts, points), _tiers(facts)))
+    return Section("front", "Quality against joules", words, tuple(figures), tables)
 
 
 def removed_section(facts: Facts) -> Section:
