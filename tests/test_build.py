@@ -83,6 +83,26 @@ def test_a_dry_run_writes_the_plan_and_nothing_else(
     assert Bundle.open(output).manifest.tiers
 
 
+def test_a_build_leaves_a_report_that_the_manifest_does_not_list(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, build_settings: Settings
+) -> None:
+    """It shows every tier's plan with its measured loss; a build over the bundle replaces both."""
+    page = (tiny_bundle / "report.html").read_text(encoding="utf-8")
+    manifest = Bundle.open(tiny_bundle, verify=True).manifest
+    assert "report.html" not in {entry.path for entry in manifest.files}
+    plan = json.loads((tiny_bundle / "plan.json").read_text())
+    for tier in plan["tiers"][1:]:
+        assert f"{tier['loss_added']:+.4f}" in page
+        saved_j = sum(removal["energy_saved_j"] for removal in tier["removed"])
+        above_j = plan["tiers"][int(tier["tier"][1:]) - 1]["energy_saved_j"]
+        assert saved_j == pytest.approx(tier["energy_saved_j"] - above_j, rel=0.05)  # prices are not quite additive
+    output = tmp_path / "out"
+    build(build_settings(tiny_checkpoint, output, budgets_j=(2.0,)))
+    (output / "report.html").write_text("old")
+    build(build_settings(tiny_checkpoint, output, budgets_j=(2.0,)))
+    assert "<!doctype html>" in (output / "report.html").read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def masked(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, build_settings: Settings

@@ -78,6 +78,7 @@ def test_wheel_holds_both_packages_and_the_profiles(wheel_names: list[str]) -> N
         if "_profiles" not in path.parts
     }
     assert modules <= set(wheel_names)
+    assert {"eopc_runtime/report/page.html", "eopc_runtime/report/page.css"} <= set(wheel_names)
     profiles = {
         f"eopc_runtime/_profiles/{path.relative_to(ROOT / 'profiles')}" for path in (ROOT / "profiles").rglob("*.json")
     }

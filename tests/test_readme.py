@@ -63,7 +63,7 @@ def test_readme_shows_every_command_and_the_main_job_first() -> None:
     assert {words[1] for words in EOPC_LINES} == set(cli.list_commands(click.Context(cli)))
 
 
-@pytest.mark.parametrize("line", ["eopc build --watts 5", "eopc biuld", "eopc inspect a b", "eopc eval a.eopc"])
+@pytest.mark.parametrize("line", ["eopc build --watts 5", "eopc biuld", "eopc inspect a b", "eopc prune a -o b"])
 def test_a_command_that_does_not_exist_is_found_out(line: str) -> None:
     """The check above fails for an unknown option, an unknown command, one argument too many, one option missing."""
     with pytest.raises((click.UsageError, AssertionError)):

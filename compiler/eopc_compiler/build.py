@@ -21,6 +21,7 @@ from eopc_runtime.cli.machine import peak_rss_bytes
 from eopc_runtime.engines import list_engine_sets, set_folder
 from eopc_runtime.errors import EopcError, UsageError
 from eopc_runtime.profiles import load_profile
+from eopc_runtime.report.write import REPORT_NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ def check_output(output: Path, dry_run: bool) -> None:
 
 
 def bundle_files(folder: Path) -> set[str] | None:
-    """Names of the files of a bundle, damaged or not, as its manifest lists them, and of its engines.
+    """Names of the files of a bundle, damaged or not, as its manifest lists them, of its engines and its report.
 
     None if it has no such manifest.
     """
@@ -171,7 +172,7 @@ def bundle_files(folder: Path) -> set[str] | None:
         engines = (path for key in list_engine_sets(folder) for path in set_folder(folder, key).iterdir())
         # made from the bundle, and of no use without it
         own = (path.relative_to(folder).as_posix() for path in engines)
-        return {"manifest.json", *(entry["path"] for entry in content["files"]), *own}
+        return {"manifest.json", REPORT_NAME, *(entry["path"] for entry in content["files"]), *own}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 

@@ -33,7 +33,7 @@ from eopc_compiler.selector import Selector
 from eopc_compiler.selector_fit import domain_mean, selected_losses
 from eopc_compiler.selector_planner import Choosing, plan_selectors
 from eopc_compiler.sequences import mean_loss
-from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_plan
+from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_page, write_plan
 from eopc_compiler.state import CompileState, PrecisionTrial
 from eopc_compiler.stored_model import (
     added_loss,
@@ -410,7 +410,8 @@ PASSES: tuple[Pass, ...] = (
     check_operators,  # before staging: a refusal on the board would come too late to change the graph
     stage_bundle,  # before checks: what is checked is the bundle as it ships
     check_and_measure,  # parity gate, then perplexity through the runtime itself
-    compile_proxies,  # last: an export bug is cheaper to see in the parity gate
+    compile_proxies,  # an export bug is cheaper to see in the parity gate
+    write_page,  # last: it shows what all passes before it have found
 )
 
 

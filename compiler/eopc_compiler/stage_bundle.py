@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 from dataclasses import asdict, astuple, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from eopc_compiler.ladder import keep_shares, mask_to_json, parameter_count, tie
 from eopc_compiler.parity import PROMPT, STEPS, Reference, check_parity
 from eopc_compiler.planner import TierPlan, dual
 from eopc_compiler.pricing import plan_energy
+from eopc_compiler.removals import removals
 from eopc_compiler.state import CompileState
 from eopc_compiler.tier_graphs import ANSWER, DECODE, GATHER, tier_path
 from eopc_compiler.tier_graphs import PROMPT as PROMPT_GRAPH
@@ -41,13 +43,14 @@ from eopc_runtime.bundle import (
 )
 from eopc_runtime.energy import EnergyTable, prior_table
 from eopc_runtime.memory import release_memory
+from eopc_runtime.report.write import refresh_report
 from eopc_runtime.runners.ort import OrtTier
 
 
 def write_plan(state: CompileState) -> Path:
     """Write plan.json: what was decided and why. Beside the output for --dry-run, in the work folder otherwise."""
     assert state.storage and state.dialect and state.checkpoint
-    dense = state.plan[0]
+    dense, given = state.plan[0], bool(state.args.masks)  # losses of given masks are not measured
     content = {
         "schema": 1,
         "model": state.checkpoint.name,
@@ -66,8 +69,8 @@ def write_plan(state: CompileState) -> Path:
                 "budget_j": t.budget_j,
                 "energy_j": t.energy_j,
                 "energy_saved_j": dense.energy_j - t.energy_j,
-                "selection_loss": t.loss,
-                "loss_added": t.loss - dense.loss,
+                "selection_loss": None if given else t.loss,
+                "loss_added": None if given else t.loss - dense.loss,
                 "nats_per_joule": _dual(state, t),
                 "note": t.note,
                 "plan": f"t{i}" if t.prefill == i else f"t{t.prefill}>t{i}",
@@ -77,6 +80,7 @@ def write_plan(state: CompileState) -> Path:
                 "layers_removed": sorted(
                     {d.source_layer for d in dense.mask.layers} - {d.source_layer for d in t.mask.layers}
                 ),
+                "removed": _removed(state, i),
                 "considered": list(t.considered),
             }
             for i, t in enumerate(state.plan)
@@ -84,9 +88,9 @@ def write_plan(state: CompileState) -> Path:
     }
     path = state.args.output / "plan.json" if state.args.dry_run else state.cache.folder / "plan.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = state.cache.folder / "partial-plan.json"
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    partial.replace(path)
+    unfinished = state.cache.folder / "partial-plan.json"
+    unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    unfinished.replace(path)
     return path
 
 
@@ -97,6 +101,17 @@ def _dual(state: CompileState, tier: TierPlan) -> float | None:
     if state.args.masks or not all(c.ffn_errors for c in state.observations.curves):
         return None
     return dual(tier.run, state.observations.curves, lambda mask: plan_energy(state, mask, storage), state.align)
+
+
+def _removed(state: CompileState, index: int) -> list[dict[str, Any]]:
+    """What a static tier keeps less than the static tier above it; empty for tiers that remove by the prompt."""
+    assert state.observations and state.storage
+    storage, tier = state.storage, state.plan[index]
+    if tier.fills or not index:
+        return []
+    above = next(t for t in reversed(state.plan[:index]) if not t.fills)
+    price = partial(plan_energy, state, storage=storage)
+    return [asdict(r) for r in removals(above.mask, tier.mask, state.observations.curves, price)]
 
 
 def stage_bundle(state: CompileState) -> CompileState:
@@ -171,6 +186,14 @@ def check_and_measure(state: CompileState) -> CompileState:
     final = replace(bundle.manifest, tiers=tuple(infos))
     write_manifest(state.staged, final)
     return replace(state, tiers=tuple(manifest_tiers(final)))
+
+
+def write_page(state: CompileState) -> CompileState:
+    """Write report.html into the staged bundle; a bundle is as good without it, so a failure is only told."""
+    assert state.staged is not None
+    if reason := refresh_report(Bundle.open(state.staged, verify=False)):
+        state.say(reason)
+    return state
 
 
 def runtime_loss(runner: OrtTier, windows: torch.Tensor, report: Report) -> float:

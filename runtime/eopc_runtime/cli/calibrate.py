@@ -86,8 +86,8 @@ def calibrate(
     """Measure the tiers of BUNDLE on this device, fit their prices, and write them into the bundle.
 
     Nothing else should run meanwhile. An interrupted run goes on with the same command. Prices belong to this device,
-    its power mode and clocks; those of other power modes are kept beside them. With the proxy meter joules stay time
-    x an assumed power, but the times are real ones.
+    its power mode and clocks; those of other power modes are kept beside them. The report in the bundle is made anew.
+    With the proxy meter joules stay time x an assumed power, but the times are real ones.
     """
     from eopc_runtime.bundle import Bundle
     from eopc_runtime.calibration.calibrate import Rig, Settings
@@ -95,6 +95,7 @@ def calibrate(
     from eopc_runtime.cli.machine import cpu_model
     from eopc_runtime.cli.meters import open_meter_for, runner_name
     from eopc_runtime.power.base import MEASURED
+    from eopc_runtime.report.write import refresh_report
     from eopc_runtime.runners.choose import open_pool
 
     bundle = Bundle.open(path)
@@ -117,6 +118,8 @@ def calibrate(
             progress.done(remark)
         outcome = run_calibration(bundle, rig, settings)
         show_notes(tuple(note for note in chosen.remarks if note not in chosen.notes))
+    if reason := refresh_report(outcome.bundle):
+        progress.done(reason)
     if as_json:
         print_json(describe(outcome))
     else:

@@ -41,6 +41,7 @@ COMMANDS = {
     "engine": Entry("eopc_compiler.cli.engine", "engine", "Compile a bundle's tiers into TensorRT engines."),
     "calibrate": Entry("eopc_runtime.cli.calibrate", "calibrate", "Measure a bundle's prices on this device."),
     "validate": Entry("eopc_runtime.cli.validate", "validate", "Compare predicted with measured joules."),
+    "report": Entry("eopc_runtime.cli.report", "report", "Write a page about a bundle, for a person to look at."),
     "energy": Entry("eopc_runtime.cli.energy", "energy", "Measure, model and predict joules."),
     "devices": Entry("eopc_runtime.cli.devices", "devices", "List the device profiles and their constants."),
     "doctor": Entry("eopc_runtime.cli.doctor", "doctor", "Report what this machine has and lacks, with fixes."),

@@ -193,12 +193,15 @@ def wall_time_s(text: str) -> float:
 
 def describe(report: Report, summary: Summary) -> dict[str, Any]:
     """Return the JSON object of `eopc validate --json`; errors are shares, and null where unverified."""
+    from eopc_runtime.calibration.identity import fingerprint
+
     table = report.bundle.energy
     conformal = table.calibration.conformal if table.calibration else None
     figures = asdict(summary)
     del figures["sequences"]
     return {
         "bundle": str(report.bundle.root),
+        "engine": fingerprint(report.bundle.manifest),
         "meter": report.meter,
         "energy_source": table.source,
         **figures,

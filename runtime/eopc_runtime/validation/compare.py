@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from eopc_runtime.errors import UsageError
+from eopc_runtime.jsonfields import Fields
 from eopc_runtime.ledger import ROUNDING
 
 
@@ -46,6 +48,51 @@ class Checked:
     def over_budget(self) -> bool:
         """True if more was measured than the budget."""
         return self.measured_j is not None and self.budget_j is not None and not fits(self.measured_j, self.budget_j)
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> Checked:
+        """Read a sequence of `eopc validate --json`; what follows from the others is computed anew."""
+        checked = cls(
+            name=fields.text("name"),
+            plan=fields.text("plan"),
+            prompt_tokens=fields.integer("prompt_tokens", minimum=1),
+            new_tokens=fields.integer("new_tokens", minimum=1),
+            predicted_j=fields.number("predicted_j", minimum=0),
+            price_j=fields.number("price_j", minimum=0),
+            budget_j=fields.number_or_none("budget_j", minimum=0),
+            measured_j=fields.number_or_none("measured_j", minimum=0),
+            seconds=fields.number("seconds", minimum=0),
+            samples=fields.integer("samples", minimum=0),
+            verified=fields.boolean("verified", default=False),
+            others_share=fields.number_or_none("others_share", minimum=0),
+            notes=fields.texts("notes"),
+        )
+        if 0 in (checked.predicted_j, checked.price_j, checked.measured_j):
+            fields.fail("a sequence costs something: predicted_j, price_j and measured_j are above 0.")
+        return checked
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """A validation as `eopc validate --json` prints it: of which bundle (`engine`), with which meter, what it found."""
+
+    engine: str
+    meter: str
+    energy_source: str
+    checked: tuple[Checked, ...]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, obj: object, where: str) -> Validation:
+        """Read the object strictly as far as it is used; UsageError says what is wrong with it."""
+        fields = Fields(obj, where, UsageError)
+        return cls(
+            engine=fields.text("engine"),
+            meter=fields.text("meter"),
+            energy_source=fields.text("energy_source"),
+            checked=tuple(Checked.from_fields(child) for child in fields.children("sequences")),
+            notes=fields.texts("notes"),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ import pytest
 from click.testing import Result
 
 from eopc_runtime.bundle import sha256_file
-from eopc_runtime.cli.evaluate import cut_windows, window_nll
 from eopc_runtime.energy import EnergyTable, TierEnergy
 from eopc_runtime.errors import PromptError
+from eopc_runtime.evaluation.texts import cut_windows, window_nll
 from eopc_runtime.provenance import Calibration, Conformal, Hull
 
 Eopc = Callable[..., Result]

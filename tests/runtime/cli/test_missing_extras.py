@@ -56,6 +56,7 @@ REFUSED = {
 }
 DONE = {
     "inspect BUNDLE": "all verified",
+    "report BUNDLE": "Wrote",
     "devices orin": "idle_w",
     "doctor": NO_GPU,
     "energy predict BUNDLE --prompt-tokens 8 --new-tokens 4": "t1",

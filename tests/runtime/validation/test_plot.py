@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from eopc_runtime.svg import log_ticks
 from eopc_runtime.validation.compare import Checked, summarise
-from eopc_runtime.validation.plot import SIZE, TOP, ticks, validation_svg
+from eopc_runtime.validation.plot import SIZE, TOP, validation_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -61,5 +62,5 @@ def test_one_point_alone_has_axes() -> None:
 
 def test_ticks_are_round_numbers_within_the_bounds() -> None:
     """1, 2, 5 times powers of ten; powers alone over many decades."""
-    assert ticks(3.0, 60.0) == [5.0, 10.0, 20.0, 50.0]
-    assert ticks(0.0015, 900.0) == pytest.approx([0.01, 0.1, 1.0, 10.0, 100.0])
+    assert log_ticks(3.0, 60.0) == [5.0, 10.0, 20.0, 50.0]
+    assert log_ticks(0.0015, 900.0) == pytest.approx([0.01, 0.1, 1.0, 10.0, 100.0])
