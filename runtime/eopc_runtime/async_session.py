@@ -19,12 +19,16 @@ class AsyncHandle(AsyncIterator[Event], Generic[R]):
     A task that is cancelled while it waits here cancels the sequence. One that leaves the events early calls `cancel`.
     """
 
-    def __init__(self, submit: Callable[[Deliver], Handle[R]]) -> None:
-        """Submit a sequence; `submit` is given where its events go, and raises what is wrong with it."""
+    def __init__(self, submit: Callable[[Deliver], Handle[R]], on_event: Callable[[Event], None] | None = None) -> None:
+        """Submit a sequence; `submit` is given where its events go, and raises what is wrong with it.
+
+        `on_event` is called in the event loop with every event, also when nobody iterates.
+        """
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._ended = asyncio.Event()
         self._read_all = False
+        self._on_event = on_event
 
         def deliver(event: Event | None) -> None:  # in the worker; raises once the loop is closed, ending the sequence
             loop.call_soon_threadsafe(self._take, event)
@@ -35,6 +39,8 @@ class AsyncHandle(AsyncIterator[Event], Generic[R]):
         self._events.put_nowait(event)
         if event is None:
             self._ended.set()
+        elif self._on_event is not None:
+            self._on_event(event)
 
     async def __anext__(self) -> Event:
         """Wait for the next event; raises what ended the sequence early, if anything did."""
@@ -74,9 +80,11 @@ class AsyncSession:
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
 
-    def stream(self, prompt: Any = None, **request: Any) -> AsyncHandle[Result]:
-        """Queue a sequence and return it; see `Scheduler.submit`."""
-        return AsyncHandle(lambda deliver: self.scheduler.submit(prompt, deliver=deliver, **request))
+    def stream(
+        self, prompt: Any = None, *, on_event: Callable[[Event], None] | None = None, **request: Any
+    ) -> AsyncHandle[Result]:
+        """Queue a sequence and return it; see `Scheduler.submit`, and `AsyncHandle` for `on_event`."""
+        return AsyncHandle(lambda deliver: self.scheduler.submit(prompt, deliver=deliver, **request), on_event)
 
     async def generate(self, prompt: Any = None, **request: Any) -> Result:
         """Run a sequence to its end."""

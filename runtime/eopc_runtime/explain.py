@@ -9,7 +9,8 @@ from eopc_runtime.admission import admit, prices_of
 from eopc_runtime.controller import Start
 from eopc_runtime.energy import EnergyTable
 from eopc_runtime.errors import BudgetError
-from eopc_runtime.policy import Plan, Request, affordable_tokens, fits, quantum_j
+from eopc_runtime.ledger import ROUNDING
+from eopc_runtime.policy import Plan, Request, affordable_tokens, fits, needed_j, quantum_j, smallest_budget_j
 from eopc_runtime.units import format_energy
 
 
@@ -41,6 +42,8 @@ class Explanation:
     plan: str | None
     energy_j: float | None  # charged for the prompt and so many new tokens
     tokens: int | None
+    least_j: float  # the smallest budget that pays for the prompt and one new token
+    whole_j: float  # the smallest budget under which the best plan, or the tier asked for, runs all of it
     why: str
     options: tuple[Option, ...]  # best decode tier first, then best prefill tier
     warnings: tuple[str, ...]
@@ -71,10 +74,17 @@ def explain(table: EnergyTable, start: Start) -> Explanation:
         plan=None if plan is None else plan.label,
         energy_j=None if plan is None else plan.energy_j,
         tokens=None if plan is None else plan.new_tokens,
+        least_j=smallest_budget_j(prices, request) if start.tier is None else needed_j(prices, start.tier, request),
+        whole_j=_whole_j(prices, start.tier or 0, request),
         why=why,
         options=options,
         warnings=warnings,
     )
+
+
+def _whole_j(prices: EnergyTable, tier: int, request: Request) -> float:
+    price_j = prices.plan_price_j(tier, tier, request.prompt_tokens, request.max_new_tokens)
+    return (price_j + quantum_j(prices, tier, request)) * (1 + 2 * ROUNDING)
 
 
 def _option(prices: EnergyTable, pair: tuple[int, int], budget_j: float | None, request: Request) -> Option:

@@ -52,7 +52,7 @@ class Scoring(Iterator[None]):
     ) -> None:
         """Choose the tier: the one asked for, else the best that the budget pays for; BudgetError where none is."""
         prices = prices_of(table, Request(1, len(ids)), Terms(drift=drift))
-        index, self._price_j = _choose(prices, len(ids), tier, budget_j)
+        index, self.price_j = _choose(prices, len(ids), tier, budget_j)
         self.next_tier = table.tiers[index].tier
         self._ledger = Ledger(budget_j)
         self._source = table.source
@@ -93,8 +93,8 @@ class Scoring(Iterator[None]):
     def _run(self, pool: RunnerPool, ids: tuple[int, ...], top: int) -> Generator[None, None, Score]:
         runner = pool.get(self.next_tier)
         cache = runner.new_cache()
-        if not self._ledger.debit("prefill", self._price_j, self.next_tier):
-            raise AssertionError(f"the tier was chosen to fit, and {self._price_j} J do not")
+        if not self._ledger.debit("prefill", self.price_j, self.next_tier):
+            raise AssertionError(f"the tier was chosen to fit, and {self.price_j} J do not")
         found: list[TokenLogprobs] = []
         for start in range(0, len(ids), PART):
             part = ids[start : start + PART]
