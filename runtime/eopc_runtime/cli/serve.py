@@ -119,7 +119,8 @@ def serve(
         opened = meter_of_run(session.bundle, meter, True, proxy_w, on_gpu=chosen is not None and chosen.on_gpu)
         if opened is not None:
             stack.enter_context(opened)
-        table, warning = prices_here(session.bundle, threads, opened and opened.sensor.rails, False, chosen)
+        rails = None if opened is None else opened.sensor.rails
+        table, warning = prices_here(session.bundle, threads, rails, False, chosen)
         session.use(meter=opened, table=table)
         session.pool.get(session.tiers[0])  # say now, not to the first client, what does not load
         policy = stack.enter_context(BudgetPolicy(allowances, state if allowances else None))
