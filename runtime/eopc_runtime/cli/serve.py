@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from eopc_runtime.cli.meters import meter_options
+from eopc_runtime.cli.output import print_json
 from eopc_runtime.cli.runners import runner_option, show_notes
 
 
@@ -67,6 +68,7 @@ from eopc_runtime.cli.runners import runner_option, show_notes
 )
 @runner_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: onnxruntime's choice]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the address, once it listens.")
 def serve(
     bundle: str,
     host: str,
@@ -85,6 +87,7 @@ def serve(
     proxy_w: float | None,
     runner: str,
     threads: int | None,
+    as_json: bool,
 ) -> None:
     """Serve BUNDLE over OpenAI's API, with a live page at /.
 
@@ -133,8 +136,9 @@ def serve(
         for left in policy.left():
             click.echo(f"Allowance: {format_energy(left.left_j)} of {left.allowance} left.", err=True)
         shown = f"[{host}]" if ":" in host else host
-        click.echo(
-            f"Serving {service.name} ({table.source} joules) on http://{shown}:{listener.getsockname()[1]}", err=True
-        )
+        url = f"http://{shown}:{listener.getsockname()[1]}"
+        click.echo(f"Serving {service.name} ({table.source} joules) on {url}", err=True)
+        if as_json:
+            print_json({"url": url, "models": service.models(), "energy_source": table.source})
         run_server(make_app(service, keys), service, listener, grace)
         click.echo("Stopped.", err=True)
