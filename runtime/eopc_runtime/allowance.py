@@ -25,6 +25,7 @@ from eopc_runtime.jsonfields import Fields, parse_json
 from eopc_runtime.units import format_energy
 from eopc_runtime.windows import PERIODS, Allowance, Moment, Spending, Window, check_allowances, decide
 
+_HELD_S = 5.0  # when to ask again where sequences that run may give back enough
 _UNWRITTEN_S = 60.0  # when to ask again where the account cannot be written
 _LATEST_S = 250e9  # a wall clock beyond the year 9800 is no date
 
@@ -72,6 +73,7 @@ class BudgetPolicy:
         self.allowances = check_allowances(allowances)
         self._path, self._clock = path, clock
         self._guard = threading.Lock()
+        self._held_j = 0.0  # granted and not yet settled
         self._lock = None if path is None else _Lock(path)
         try:
             self._spending = None if path is None else _read(path)
@@ -97,10 +99,13 @@ class BudgetPolicy:
             if decision.limited_by is not None and decision.action == "defer":
                 left_j = spending.left_j(decision.limited_by)
                 needs = f", and the request needs {format_energy(least_j, round_up=True)}" if least_j else ""
+                held, wait_s = "", decision.wait_s
+                if self._held_j and all(spending.left_j(a) + self._held_j >= least_j for a in self.allowances):
+                    held, wait_s = f" Sequences that run hold {format_energy(self._held_j)}.", min(wait_s, _HELD_S)
                 raise AllowanceError(
-                    f"Of {decision.limited_by} {format_energy(left_j)} are left{needs}. "
-                    f"Ask again in {math.ceil(decision.wait_s)} s.",
-                    decision.wait_s,
+                    f"Of {decision.limited_by} {format_energy(left_j)} are left{needs}.{held} "
+                    f"Ask again in {math.ceil(wait_s)} s.",
+                    wait_s,
                 )
             if self.allowances:
                 booked = spending.plus(decision.grant_j)
@@ -113,6 +118,7 @@ class BudgetPolicy:
                         _UNWRITTEN_S,
                     ) from error
                 self._spending = booked
+                self._held_j += decision.grant_j
             numbers = {period: window.number for period, window in spending.windows.items()}
             return Grant(decision.grant_j, decision.action == "downshift", numbers)
 
@@ -126,6 +132,7 @@ class BudgetPolicy:
         with self._guard:
             _, spending = self._now()
             unused_j = grant.joules - spent_j
+            self._held_j = max(self._held_j - grant.joules, 0.0)
             self._spending = spending.plus(-unused_j, grant.windows if unused_j > 0 else None)
             with suppress(OSError):
                 self._save(self._spending)

@@ -84,11 +84,11 @@ def test_an_answer_costs_the_day_what_it_spent(tmp_path: Path) -> None:
 def test_a_refusal_is_told_and_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Half a joule is left, and no token fits: the reason is the answer, the half joule stays."""
     day = allowance(tmp_path)
-    day.request(19.5)
+    day.settle(day.request(19.5), 19.5)
     assistant.converse(Talk([]), day, ["a"], 10.0)
     assert capsys.readouterr().out == "(no answer: No token fits.)\n"
     assert day.left_j == 0.5
-    day.request(0.5)
+    day.settle(day.request(0.5), 0.5)
     assistant.converse(Talk([]), day, ["a"], 10.0)
     assert "(no answer: Of 20 J per day 0 J are left. Ask again in 43200 s.)" in capsys.readouterr().out
 

@@ -92,6 +92,8 @@ def test_a_request_is_admitted_downshifted_or_deferred() -> None:
     assert policy.request(6.0) == Grant(6.0, False, {"day": 0, "minute": 0})
     grant = policy.request(6.0, least_j=1.0)
     assert (grant.joules, grant.downshifted) == (4.0, True)
+    policy.settle(grant, 4.0)
+    policy.settle(Grant(6.0, False, {"day": 0, "minute": 0}), 6.0)
     with pytest.raises(AllowanceError, match=r"Of 10 J per minute 0 J are left, .* Ask again in 45 s") as caught:
         policy.request(6.0, least_j=1.0)
     assert caught.value.retry_after_s == 45.0
@@ -110,6 +112,17 @@ def test_too_little_left_for_the_least_defers_and_too_much_never_comes() -> None
     with pytest.raises(BudgetError, match="needs 11 J, and the allowance is 10 J per minute"):
         policy.request(12.0, least_j=11.0)
     assert policy.left_j == 3.0
+
+
+def test_joules_that_running_sequences_hold_may_come_back_sooner() -> None:
+    """8 of 10 J are held: 5 J may be there in seconds, and after they were spent not before the next minute."""
+    policy = BudgetPolicy([MINUTE], clock=Clocks())
+    held = policy.request(8.0)
+    with pytest.raises(AllowanceError, match=r"Sequences that run hold 8 J\. Ask again in 5 s"):
+        policy.request(6.0, least_j=5.0)
+    policy.settle(held, 8.0)
+    with pytest.raises(AllowanceError, match="Ask again in 60 s"):
+        policy.request(6.0, least_j=5.0)
 
 
 def test_what_was_not_used_comes_back_to_the_window_it_was_booked_in() -> None:

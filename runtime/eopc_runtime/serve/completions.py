@@ -137,6 +137,7 @@ async def _scored(
     energy = {
         "source": score.energy_source,
         "budget_j": score.budget_j,
+        "granted_j": score.budget_j,
         "enforced_by": None if score.budget_j is None else "model",
         "ended_by": "length",
         "plan": score.tier,
@@ -225,7 +226,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def _usage(running: Running[Result], result: Result) -> dict[str, Any]:
-    energy = energy_of(result, running.prepared.grant.downshifted)
+    energy = energy_of(result, running.prepared.asked_j, running.prepared.grant.downshifted)
     return usage(result.prompt_tokens, result.completion_tokens, running.handle.handle.spent_by_phase_j, energy)
 
 

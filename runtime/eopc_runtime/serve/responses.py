@@ -59,11 +59,17 @@ def usage(
     }
 
 
-def energy_of(result: Result, downshifted: bool) -> dict[str, Any]:
-    """What is to know about a result's joules, beside their phases."""
+def energy_of(result: Result, budget_j: float | None, downshifted: bool) -> dict[str, Any]:
+    """What is to know about a result's joules, beside their phases.
+
+    Args:
+        budget_j: as asked for; under an allowance the result was run with what it was granted.
+        downshifted: whether that was less than it wanted.
+    """
     return {
         "source": result.energy_source,
-        "budget_j": result.budget_j,
+        "budget_j": budget_j,
+        "granted_j": result.budget_j,
         "enforced_by": result.enforced_by,
         "ended_by": result.finish_reason,
         "plan": result.plan,

@@ -40,7 +40,8 @@ class Prepared:
     """A prompt with the joules it may spend."""
 
     ids: list[int]
-    budget_j: float | None  # None: there is no limit
+    asked_j: float | None  # the request's budget, or the server's default
+    budget_j: float | None  # what the sequence is run with; None: there is no limit
     grant: Grant
 
 
@@ -155,7 +156,7 @@ class Service:
             ids = self._encode(ask, prompt)
             budget_j = self._budget_j(ask)
             price_j = self.session.score(ids, tier=tier, budget=budget_j).price_j
-            return Prepared(ids, budget_j, self.policy.request(price_j, price_j))
+            return Prepared(ids, budget_j, budget_j, self.policy.request(price_j, price_j))
 
         def submit(running: Running[Score]) -> AsyncHandle[Score]:
             ready = running.prepared
@@ -215,7 +216,7 @@ class Service:
                 f"({self.session.table.source}). Raise it to {need} or more, or shorten the prompt."
             )
         grant = self.policy.request(whole_j if budget_j is None else min(budget_j, whole_j), least_j)
-        return Prepared(ids, grant.joules if self.policy.allowances else budget_j, grant)
+        return Prepared(ids, budget_j, grant.joules if self.policy.allowances else budget_j, grant)
 
     async def _queue(
         self, prepare: Callable[[], Prepared], submit: Callable[[Running[R]], AsyncHandle[R]]
@@ -264,7 +265,7 @@ class Service:
                 metrics.tier_tokens.labels(tier).inc(tokens)
         if ended_by == "budget":
             metrics.budget_stops.inc()
-        self.activity.end(Done(time.time(), plan, len(ready.ids), running.tokens, spent_j, ready.budget_j, ended_by))
+        self.activity.end(Done(time.time(), plan, len(ready.ids), running.tokens, spent_j, ready.asked_j, ended_by))
 
     def _watch(self) -> None:
         """Gauges that are read when Prometheus asks."""

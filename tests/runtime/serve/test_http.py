@@ -273,6 +273,8 @@ def test_an_allowance_admits_downshifts_and_defers(site: Start) -> None:
     here = site(allowances=("30J/day",))
     whole = here.post(CHAT, HELLO)
     assert whole.json()["usage"]["energy"]["downshifted"] is False
+    assert whole.json()["usage"]["energy"]["budget_j"] is None
+    assert whole.json()["usage"]["energy"]["granted_j"] <= 30.0
     left = 30.0 - whole.json()["usage"]["energy_j"]
     assert float(whole.headers["x-eopc-allowance-remaining-j"]) == pytest.approx(left)
     assert whole.headers["x-eopc-allowance"].startswith("day;limit=30;remaining=")
