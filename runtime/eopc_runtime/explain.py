@@ -74,12 +74,18 @@ def explain(table: EnergyTable, start: Start) -> Explanation:
         plan=None if plan is None else plan.label,
         energy_j=None if plan is None else plan.energy_j,
         tokens=None if plan is None else plan.new_tokens,
-        least_j=smallest_budget_j(prices, request) if start.tier is None else needed_j(prices, start.tier, request),
+        least_j=_least_j(prices, start.tier, request),
         whole_j=_whole_j(prices, start.tier or 0, request),
         why=why,
         options=options,
         warnings=warnings,
     )
+
+
+def _least_j(prices: EnergyTable, tier: int | None, request: Request) -> float:
+    if tier is None:
+        return smallest_budget_j(prices, request)
+    return needed_j(prices, tier, request) * (1 + 2 * ROUNDING)  # admission asks for its own rounding on top
 
 
 def _whole_j(prices: EnergyTable, tier: int, request: Request) -> float:

@@ -62,6 +62,19 @@ def test_every_plan_is_listed_with_its_price_and_what_the_budget_buys() -> None:
     assert json.loads(json.dumps(told.to_json()))["options"][3]["quantum_j"] == 1.0
 
 
+@settings(max_examples=60, deadline=None)
+@given(prompt=st.integers(1, 30), wanted=st.integers(1, 30), tier=st.sampled_from([None, "t1"]))
+def test_the_budgets_it_names_do_what_they_say(prompt: int, wanted: int, tier: str | None) -> None:
+    """`least_j` gets one token and a little less gets none; `whole_j` gets all of them on the best plan."""
+    box = session(margin=0.1)
+    told = box.explain("x" * prompt, max_new_tokens=wanted, tier=tier)
+    assert box.generate("x" * prompt, budget=told.least_j, max_new_tokens=wanted, tier=tier).completion_tokens >= 1
+    with pytest.raises(BudgetError):
+        box.stream("x" * prompt, budget=told.least_j * (1 - 1e-6), max_new_tokens=wanted, tier=tier)
+    whole = box.generate("x" * prompt, budget=told.whole_j, max_new_tokens=wanted, tier=tier)
+    assert (whole.plan, whole.completion_tokens) == (tier or "t0", wanted)
+
+
 def test_a_budget_that_pays_for_a_part_says_so() -> None:
     """The reason names the plan and how many tokens it affords."""
     told = session().explain("12345678", 4.5, max_new_tokens=30)
