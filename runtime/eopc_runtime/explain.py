@@ -14,6 +14,9 @@ from eopc_runtime.policy import Plan, Request, affordable_tokens, fits, needed_j
 from eopc_runtime.units import format_energy
 
 
+_ADMITTED = 1 + 2 * ROUNDING  # room for the rounding that admission leaves, which is once more for a tier asked for
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """A plan that was considered.
@@ -85,12 +88,12 @@ def explain(table: EnergyTable, start: Start) -> Explanation:
 def _least_j(prices: EnergyTable, tier: int | None, request: Request) -> float:
     if tier is None:
         return smallest_budget_j(prices, request)
-    return needed_j(prices, tier, request) * (1 + 2 * ROUNDING)  # admission asks for its own rounding on top
+    return needed_j(prices, tier, request) * _ADMITTED
 
 
 def _whole_j(prices: EnergyTable, tier: int, request: Request) -> float:
     price_j = prices.plan_price_j(tier, tier, request.prompt_tokens, request.max_new_tokens)
-    return (price_j + quantum_j(prices, tier, request)) * (1 + 2 * ROUNDING)
+    return (price_j + quantum_j(prices, tier, request)) * _ADMITTED**2
 
 
 def _option(prices: EnergyTable, pair: tuple[int, int], budget_j: float | None, request: Request) -> Option:
