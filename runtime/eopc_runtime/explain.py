@@ -13,7 +13,6 @@ from eopc_runtime.ledger import ROUNDING
 from eopc_runtime.policy import Plan, Request, affordable_tokens, fits, needed_j, quantum_j, smallest_budget_j
 from eopc_runtime.units import format_energy
 
-
 _ADMITTED = 1 + 2 * ROUNDING  # room for the rounding that admission leaves, which is once more for a tier asked for
 
 
