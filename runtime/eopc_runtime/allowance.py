@@ -71,15 +71,17 @@ class BudgetPolicy:
         BudgetError when two allowances have one period.
         """
         self.allowances = check_allowances(allowances)
+        self._periods = [allowance.period for allowance in self.allowances]
         self._path, self._clock = path, clock
         self._guard = threading.Lock()
         self._held_j = 0.0  # granted and not yet settled
         self._lock = None if path is None else _Lock(path)
         try:
-            self._spending = None if path is None else _read(path)
+            self._spending = (None if path is None else _read(path)) or Spending(clock())
         except UsageError:
             self.close()
             raise
+        self._now()  # so that a clock that is set right after this is seen to jump
 
     def request(self, wanted_j: float, least_j: float = 0.0) -> Grant:
         """Book and return joules: all that are wanted, or what is left where that is `least_j` or more.
@@ -138,9 +140,15 @@ class BudgetPolicy:
                 self._save(self._spending)
 
     def left(self) -> tuple[Left, ...]:
-        """What is left of every allowance now."""
-        with self._guard:
-            now, spending = self._now()
+        """What is left of every allowance now; it does not wait while the account is written."""
+        if self._guard.acquire(blocking=False):
+            try:
+                now, spending = self._now()
+            finally:
+                self._guard.release()
+        else:
+            now = self._clock()
+            spending = self._spending.at(now, self._periods)
         return tuple(Left(a, spending.left_j(a), spending.wait_s(a, now)) for a in self.allowances)
 
     @property
@@ -164,8 +172,7 @@ class BudgetPolicy:
     def _now(self) -> tuple[Moment, Spending]:
         """The time, and the spending in the windows that count now."""
         now = self._clock()
-        periods = [allowance.period for allowance in self.allowances]
-        self._spending = (self._spending or Spending(now)).at(now, periods)
+        self._spending = self._spending.at(now, self._periods)
         return now, self._spending
 
     def _save(self, spending: Spending) -> None:

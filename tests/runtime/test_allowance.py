@@ -190,7 +190,7 @@ def test_a_clock_that_starts_in_the_past_and_is_then_set_right_heals() -> None:
     policy = BudgetPolicy([DAY], clock=clocks)
     policy.request(100.0)
     clocks.now = Moment(1000.0, 5.0, "boot-2")
-    assert policy.left_j == 0.0
+    assert policy.left_j == 0.0  # seen once before it is set, as by every process that starts
     clocks.pass_(30)
     clocks.set_wall(NOON + 86400)
     assert policy.left_j == 0.0
@@ -380,6 +380,28 @@ def test_an_account_that_cannot_be_written_grants_nothing(tmp_path: Path, monkey
     policy.request(5.0)
     policy.close()
     assert json.loads(path.read_text(encoding="utf-8"))["windows"]["day"]["spent_j"] == 15.0
+
+
+def test_what_is_left_can_be_read_while_the_account_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow disk holds up the request that books, and nobody who only looks."""
+    policy = BudgetPolicy([DAY], tmp_path / "account.json", Clocks())
+    writing, go_on = threading.Event(), threading.Event()
+    replace_ = Path.replace
+
+    def slow(self: Path, target: Path) -> Path:
+        writing.set()
+        assert go_on.wait(10)
+        return replace_(self, target)
+
+    monkeypatch.setattr(Path, "replace", slow)
+    thread = threading.Thread(target=policy.request, args=(30.0,))
+    thread.start()
+    assert writing.wait(10)
+    assert policy.left_j == 100.0
+    go_on.set()
+    thread.join(10)
+    assert policy.left_j == 70.0
+    policy.close()
 
 
 def test_a_folder_that_is_not_there_is_said(tmp_path: Path) -> None:

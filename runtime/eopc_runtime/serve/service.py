@@ -240,10 +240,12 @@ class Service:
         """Wait for the end of a sequence, then settle and count it."""
         await running.handle.wait()
         handle, ready = running.handle.handle, running.prepared
-        await asyncio.to_thread(self.policy.settle, ready.grant, handle.spent_j)
-        running.see_rest(handle.spent_j)
-        self._count(running, handle.spent_j, handle.spent_by_phase_j)
-        running.settled.set()
+        try:
+            await asyncio.to_thread(self.policy.settle, ready.grant, handle.spent_j)
+            running.see_rest(handle.spent_j)
+            self._count(running, handle.spent_j, handle.spent_by_phase_j)
+        finally:
+            running.settled.set()
 
     def _count(self, running: Running[R], spent_j: float, by_phase_j: Mapping[str, float]) -> None:
         metrics, handle, ready = self.metrics, running.handle.handle, running.prepared
