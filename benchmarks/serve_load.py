@@ -5,7 +5,8 @@
 The server runs in this process, so that its memory is this process's, and the clients in another. Answers are compared
 with those that the session gives alone, for requests with different prompts, seeds and budgets. A request that is
 refused is sent again after Retry-After. Own time per token: from the end of the step that computed it until its chunk
-was handed to the socket. Printed: one JSON object.
+was handed to the socket; it holds what other processes take from this one, so measure it on a machine that has nothing
+else to do. Own CPU per token: all that the server's event loop used, over the tokens. Printed: one JSON object.
 """
 
 from __future__ import annotations
@@ -190,9 +191,11 @@ def load(service: Service, requests: list[dict[str, Any]], args: argparse.Namesp
     warm = clients(max(args.requests // 10, 2))
     before = rss_bytes()
     timed.own_s.clear()
-    start = time.perf_counter()
+    assert thread.ident is not None
+    loop_cpu = time.pthread_getcpuclockid(thread.ident)
+    start, cpu = time.perf_counter(), time.clock_gettime(loop_cpu)
     found = clients(args.requests)
-    elapsed_s = time.perf_counter() - start
+    elapsed_s, cpu_s = time.perf_counter() - start, time.clock_gettime(loop_cpu) - cpu
     left_j = service.policy.left_j
     spent_j = Allowance.parse(ALLOWANCE).limit_j - left_j
     own = sorted(timed.own_s)
@@ -204,6 +207,7 @@ def load(service: Service, requests: list[dict[str, Any]], args: argparse.Namesp
         "account_minus_answers_j": spent_j - found["energy_j"] - warm["energy_j"],
         "elapsed_s": round(elapsed_s, 1),
         "tokens": len(own),
+        "own_cpu_ms": round(1e3 * cpu_s / len(own), 3),
         "own_ms_median": round(1e3 * own[len(own) // 2], 3),
         "own_ms_p99": round(1e3 * own[int(len(own) * 0.99)], 3),
         "rss_mb_warm": round(before / 1e6, 1),
