@@ -85,6 +85,7 @@ def test_wheel_holds_both_packages_and_the_profiles(wheel_names: list[str]) -> N
     assert "eopc_runtime/_profiles/measured/orin.json" in profiles
     assert profiles <= set(wheel_names)
     assert "eopc_runtime/power/boards.json" in wheel_names
+    assert "eopc_runtime/serve/page.html" in wheel_names
     lists = (ROOT / "compiler" / "eopc_compiler" / "board" / "allow_lists").glob("*.json")
     assert {f"eopc_compiler/board/allow_lists/{path.name}" for path in lists} <= set(wheel_names)
     assert "eopc_compiler/board/allow_lists/tensorrt-10.3.json" in wheel_names

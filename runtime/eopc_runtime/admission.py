@@ -73,17 +73,27 @@ def admit(
         warnings += _doubtful_level(table, terms)
     hull = table.calibration.hull if table.calibration else None
     n, m = request.prompt_tokens, request.max_new_tokens
-    inflation = hull.inflation(n, m) if hull else 1.0
+    inflation = _inflation(table, request)
     if hull and inflation > 1:
         if terms.strict:
             raise BudgetError(_outside(hull, request))
         warnings.append(f"extrapolated: {n} + {m} tokens are outside {hull}; prices are raised {inflation:.3g} times.")
     if terms.drift > 1 + table.margin:
         warnings.append(f"Of late sequences cost {terms.drift:.2f} times the prediction; prices are raised by that.")
-    factor = terms.safety * inflation
-    priced = table.widened(_multiplier(table, factor, terms.drift))
+    priced = prices_of(table, request, terms)
     plan = pick_tier(priced, budget_j, request) if tier is None else _forced(priced, tier, budget_j, request)
-    return Admission(table, factor, terms.drift, plan, tuple(warnings))
+    return Admission(table, terms.safety * inflation, terms.drift, plan, tuple(warnings))
+
+
+def prices_of(table: EnergyTable, request: Request, terms: Terms) -> EnergyTable:
+    """Return the prices that a request is admitted at: raised for safety, for lengths not calibrated, and by drift."""
+    return table.widened(_multiplier(table, terms.safety * _inflation(table, request), terms.drift))
+
+
+def _inflation(table: EnergyTable, request: Request) -> float:
+    """Return the factor on prices of lengths outside the calibrated range; 1 inside it, or where none is known."""
+    hull = table.calibration.hull if table.calibration else None
+    return hull.inflation(request.prompt_tokens, request.max_new_tokens) if hull else 1.0
 
 
 def _multiplier(table: EnergyTable, factor: float, drift: float) -> float:

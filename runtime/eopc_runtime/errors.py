@@ -11,6 +11,12 @@ EopcError                 exit code 1 unless said otherwise
 ├── BundleError           a bundle that is missing, damaged, or of another schema
 │   └── EngineMismatchError   a TensorRT plan that was built for another machine, version or graph
 ├── PromptError           a prompt that cannot be run (empty, longer than the context)
+├── SequenceError         a running sequence failed; others go on
+│   └── SequenceCancelledError   it was cancelled, or what it ran on was closed
+├── RetryLaterError       possible, but not now; it says in how many seconds
+│   ├── QueueFullError    too many sequences wait already
+│   └── AllowanceError    the joules allowed over time are used up
+├── DrainingError         no new sequences are taken, since this process is about to end
 ├── ParityError           an exported graph that does not compute what the model computes
 └── MissingExtraError     an optional dependency is not installed; the message names the extra
 """
@@ -60,6 +66,34 @@ class EngineMismatchError(BundleError):
 
 class PromptError(EopcError):
     """The prompt cannot be run as given."""
+
+
+class SequenceError(EopcError):
+    """A running sequence failed; the message says with what, and other sequences go on."""
+
+
+class SequenceCancelledError(SequenceError):
+    """A sequence was cancelled before its end."""
+
+
+class RetryLaterError(EopcError):
+    """What was asked for can be had later; `retry_after_s` estimates in how many seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFullError(RetryLaterError):
+    """Too many sequences wait already."""
+
+
+class AllowanceError(RetryLaterError):
+    """Joules allowed over time are used up; they are there again after `retry_after_s`."""
+
+
+class DrainingError(EopcError):
+    """No new sequences are taken: those that run are finished, and then the process ends."""
 
 
 class ParityError(EopcError):

@@ -18,7 +18,17 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file in one step: a reader sees the old one or the new one, complete."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write_synced(partial, content)
-        partial.replace(path)
+        replace_synced(path, content, partial)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_synced(path: Path, content: bytes | memoryview, partial: Path) -> None:
+    """Write a file by way of another beside it; when this returns, a power cut leaves the new one."""
+    write_synced(partial, content)
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too
+    finally:
+        os.close(folder)

@@ -22,10 +22,13 @@ from eopc_runtime.chat import ChatTemplate, Message
 from eopc_runtime.controller import Controller, Seen, Start
 from eopc_runtime.energy import EnergyTable
 from eopc_runtime.errors import BudgetError, MeterLostError, PromptError, UsageError
+from eopc_runtime.explain import Explanation, explain
+from eopc_runtime.logprobs import TokenLogprobs, check_logprobs, token_logprobs
 from eopc_runtime.policy import Request
 from eopc_runtime.power.base import MEASURED
 from eopc_runtime.reconcile import Guard
 from eopc_runtime.sampling import SamplingParams, sample
+from eopc_runtime.scoring import Scoring
 from eopc_runtime.sequence_log import SequenceLog
 from eopc_runtime.stopping import StopScanner, check_stops
 from eopc_runtime.tokenizer import Tokenizer
@@ -70,6 +73,7 @@ class Event:
     token: int
     energy_j: float
     tier: str  # the tier that computed the token
+    logprobs: TokenLogprobs | None = None  # where they were asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,22 @@ class Generation(Iterator[Event]):
         return self._result
 
     @property
+    def next_tier(self) -> str:
+        """The tier that the next step runs on; that of the last one when there is no next."""
+        begun = bool(self._controller.decisions)
+        return f"t{self._controller.tier if begun else self._controller.plan.prefill}"
+
+    @property
+    def spent_j(self) -> float:
+        """Joules booked so far, those of a step that was granted and not yet run included."""
+        return self._controller.ledger.spent_j
+
+    @property
+    def spent_by_phase_j(self) -> dict[str, float]:
+        """The same by phase: prefill, decode, and metered for what a meter saw beyond the two."""
+        return self._controller.ledger.by_phase
+
+    @property
     def span(self) -> Span:
         """When the finished sequence ran; RuntimeError before its end."""
         if len(self._times) < 2:
@@ -151,11 +171,18 @@ class _Job:
     max_new_tokens: int
     stop: tuple[str, ...]
     sampling: SamplingParams
+    logprobs: int | None
+    meter: Meter | None
     times: list[tuple[float, float]]  # monotonic and wall clock, at the start and at the end
 
 
 class Session:
-    """Holds a bundle's runners, tokenizer and prices. Not thread-safe: one sequence at a time."""
+    """Holds a bundle's runners, tokenizer and prices.
+
+    One thread runs sequences; it may step several in turn, without a live meter, which cannot tell them apart. What
+    runs nothing (`stream` before its first step, `explain`, `encode_prompt`) may be called from any thread. For many
+    threads there is `scheduler.Scheduler`.
+    """
 
     def __init__(
         self,
@@ -220,6 +247,11 @@ class Session:
         self.table = table or self.table
 
     @property
+    def metered(self) -> bool:
+        """Whether a live meter corrects the ledger, so that only one sequence may run at a time."""
+        return self._meter is not None
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the runner: why it is not another one, what it could not do."""
         return self.runner.remarks if self.runner else ()
@@ -254,7 +286,7 @@ class Session:
 
     def generate(
         self,
-        prompt: str | None = None,
+        prompt: str | Sequence[int] | None = None,
         *,
         messages: Sequence[Message] | None = None,
         budget: float | str | None = None,
@@ -282,7 +314,7 @@ class Session:
 
     def stream(
         self,
-        prompt: str | None = None,
+        prompt: str | Sequence[int] | None = None,
         *,
         messages: Sequence[Message] | None = None,
         budget: float | str | None = None,
@@ -293,11 +325,13 @@ class Session:
         tier: str | None = None,
         strict: bool = False,
         safety: float = 1.0,
+        logprobs: int | None = None,
     ) -> Generation:
         """Generate one sequence token by token.
 
         Args:
-            prompt: text of one user turn; with `raw`, or without a chat template, the text to continue.
+            prompt: text of one user turn; with `raw`, or without a chat template, the text to continue. Token ids
+                are run as they are.
             messages: a conversation instead of a prompt, [{"role", "content"}, ...].
             budget: joules, or a text such as "500mJ"; None sets no limit.
             max_new_tokens: most tokens to generate; the bundle's context may allow fewer.
@@ -305,37 +339,85 @@ class Session:
             tier: start on this tier instead of the plan's; the sequence may still move down.
             strict: refuse a budget that the prices cannot promise (not measured, or lengths not calibrated).
             safety: factor on every price, 1 or more.
+            logprobs: give every event its token's log-probability, and those of so many most likely tokens.
 
         Before anything runs it raises PromptError (empty, malformed or too long), BudgetError (not even one
         token fits), BundleError (no such tier) or UsageError (another bad argument).
         """
         ids = self.encode_prompt(prompt, messages=messages, raw=raw)
-        budget_j = _budget_j(budget)
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of 1 or more.")
-        request = Request(len(ids), min(max_new_tokens, self.context - len(ids)))
-        start = Start(
-            request=request,
-            budget_j=budget_j,
-            terms=Terms(strict=strict, safety=safety, drift=self.drift),
-            tier=None if tier is None else self.bundle.tier_index(tier),
-            metered=self._meter is not None,
-            guard=self._guard,
-        )
+        start = self._start(ids, budget, max_new_tokens, tier, Terms(strict=strict, safety=safety, drift=self.drift))
         job = _Job(
             ids=tuple(ids),
             controller=Controller(self.table, start),
-            max_new_tokens=request.max_new_tokens,
+            max_new_tokens=start.request.max_new_tokens,
             stop=check_stops(stop),
             sampling=sampling or SamplingParams(),
+            logprobs=check_logprobs(logprobs, self.bundle.manifest.model.vocab_size),
+            meter=self._meter,
             times=[],
         )
         return Generation(self._run(job), job.controller, job.times)
 
+    def explain(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        budget: float | str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        raw: bool = False,
+        tier: str | None = None,
+        strict: bool = False,
+        safety: float = 1.0,
+    ) -> Explanation:
+        """Say which plan `stream` would run with these arguments, and why; nothing runs.
+
+        A budget that no plan fits is an explanation too, without a plan; other errors are those of `stream`.
+        """
+        ids = self.encode_prompt(prompt, messages=messages, raw=raw)
+        terms = Terms(strict=strict, safety=safety, drift=self.drift)
+        return explain(self.table, self._start(ids, budget, max_new_tokens, tier, terms))
+
+    def score(
+        self, ids: Sequence[int], *, tier: str | None = None, budget: float | str | None = None, top: int = 0
+    ) -> Scoring:
+        """Compute the log-probability of every token of a text; see `scoring.Scoring`.
+
+        Raises PromptError (empty or too long), BudgetError (it fits on no tier), BundleError (no such tier).
+        """
+        return Scoring(
+            self.pool,
+            self.table,
+            self.encode_prompt(ids),
+            tier=None if tier is None else self.bundle.tier_index(tier),
+            budget_j=_budget_j(budget),
+            drift=self.drift,
+            top=check_logprobs(top, self.bundle.manifest.model.vocab_size) or 0,
+        )
+
+    def _start(
+        self, ids: Sequence[int], budget: float | str | None, max_new_tokens: int, tier: str | None, terms: Terms
+    ) -> Start:
+        """What the decisions of a sequence depend on; raises as `stream` does."""
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of 1 or more.")
+        return Start(
+            request=Request(len(ids), min(max_new_tokens, self.context - len(ids))),
+            budget_j=_budget_j(budget),
+            terms=terms,
+            tier=None if tier is None else self.bundle.tier_index(tier),
+            metered=self._meter is not None,
+            guard=self._guard,
+        )
+
     def encode_prompt(
-        self, prompt: str | None = None, *, messages: Sequence[Message] | None = None, raw: bool = False
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        raw: bool = False,
     ) -> list[int]:
-        """Return the ids of a prompt or conversation.
+        """Return the ids of a prompt or conversation; token ids are checked and returned.
 
         Raises PromptError when it is empty, leaves no room for a new token, or the chat template refuses it.
         """
@@ -349,9 +431,11 @@ class Session:
             )
         return ids
 
-    def _encode(self, prompt: str | None, messages: Sequence[Message] | None, raw: bool) -> list[int]:
+    def _encode(self, prompt: str | Sequence[int] | None, messages: Sequence[Message] | None, raw: bool) -> list[int]:
         if (prompt is None) == (messages is None):
             raise PromptError("give either a prompt or messages, not both and not neither.")
+        if prompt is not None and not isinstance(prompt, str):
+            return _check_ids(prompt, self.bundle.manifest.model.vocab_size)
         if messages is None:
             if not prompt:
                 raise PromptError("the prompt is empty; give at least one token of text.")
@@ -377,13 +461,14 @@ class Session:
         self.pool.get(used[0])  # loading a tier is not part of the time to the first token
         self._count += 1
         window = f"sequence {self._count}"
-        opened = self._open(window)
+        opened = self._open(window, job.meter)
         job.times.append((opened.time_s, self._wall()))
         try:
             controller.begin(opened)
             start = self._clock()
             cache, logits = self.prefill(job.ids, used[0])
             token = sample(logits, history, job.sampling, rng)
+            logprobs = self._logprobs(logits, token, job)
             ttft_s = self._clock() - start
 
             while True:
@@ -396,12 +481,12 @@ class Session:
                     finish = "stop"
                 elif produced == job.max_new_tokens:
                     finish = "length"
-                elif (decision := controller.next(self._look(window, controller))).action == "stop":
+                elif (decision := controller.next(self._look(window, job))).action == "stop":
                     finish = "budget"
                 if finish is not None:
                     text += scanner.push(decoder.finish()) + scanner.finish()
                 texts.append(text)
-                yield Event(text, token, controller.ledger.spent_j, used[-1])
+                yield Event(text, token, controller.ledger.spent_j, used[-1], logprobs)
                 if finish is not None:
                     break
                 if used[-1] != self.tiers[decision.tier]:
@@ -410,13 +495,15 @@ class Session:
                 start = self._clock()
                 cache, logits = self.decode(cache, token, used[-1])
                 token = sample(logits, history, job.sampling, rng)
+                logprobs = self._logprobs(logits, token, job)
                 decode_s += self._clock() - start
         finally:
             job.times.append((self._clock(), self._wall()))
-            self.drift = controller.drift
-            if self._meter is not None and opened.lost is None:
-                with suppress(MeterLostError):  # the result says already who kept the budget
-                    self._meter.end(window)
+            if job.meter is not None:
+                self.drift = controller.drift
+                if opened.lost is None:
+                    with suppress(MeterLostError):  # the result says already who kept the budget
+                        job.meter.end(window)
 
         return Result(
             text="".join(texts),
@@ -425,41 +512,54 @@ class Session:
             tiers_used=tuple(used),
             budget_j=controller.start.budget_j,
             energy_j=controller.ledger.spent_j,
-            energy_source=self.table.source,
+            energy_source=controller.admission.table.source,
             finish_reason=finish,
             prompt_tokens=len(job.ids),
             completion_tokens=produced,
             ttft_s=ttft_s,
             decode_tokens_per_s=(produced - 1) / decode_s if decode_s > 0 else None,
-            enforced_by=self._enforced_by(controller),
+            enforced_by=_enforced_by(job),
             warnings=controller.warnings,
         )
 
-    def _enforced_by(self, controller: Controller) -> str | None:
-        """Who kept the budget; time x an assumed power is a model, also where it comes as a meter."""
-        sensor = getattr(self._meter, "sensor", None)
-        assumed = sensor is not None and sensor.source != MEASURED
-        return "model" if assumed and controller.enforced_by == "meter" else controller.enforced_by
+    def _logprobs(self, logits: Logits, token: int, job: _Job) -> TokenLogprobs | None:
+        return None if job.logprobs is None else token_logprobs(logits, token, job.logprobs)
 
-    def _open(self, window: str) -> Seen:
+    def _open(self, window: str, meter: Meter | None) -> Seen:
         """Open the meter's window; a meter that does not answer is lost from the start."""
-        if self._meter is not None:
+        if meter is not None:
             try:
-                self._meter.begin(window)
+                meter.begin(window)
             except MeterLostError as error:
                 return Seen(self._clock(), lost=str(error))
         return Seen(self._clock())
 
-    def _look(self, window: str, controller: Controller) -> Seen:
+    def _look(self, window: str, job: _Job) -> Seen:
         """Read the clock, and the meter if the controller wants a reading."""
         now = self._clock()
-        if self._meter is None or not controller.wants_reading(now):
+        if job.meter is None or not job.controller.wants_reading(now):
             return Seen(now)
         try:
-            metered_j = self._meter.energy_so_far_j(window)
+            metered_j = job.meter.energy_so_far_j(window)
         except MeterLostError as error:
             return Seen(now, lost=str(error))
         return Seen(now, metered_j) if math.isfinite(metered_j) else Seen(now, lost=f"it reads {metered_j} J")
+
+
+def _enforced_by(job: _Job) -> str | None:
+    """Who kept the budget; time x an assumed power is a model, also where it comes as a meter."""
+    sensor = getattr(job.meter, "sensor", None)
+    assumed = sensor is not None and sensor.source != MEASURED
+    kept_by = job.controller.enforced_by
+    return "model" if assumed and kept_by == "meter" else kept_by
+
+
+def _check_ids(ids: Sequence[int], vocab: int) -> list[int]:
+    """Return token ids of a prompt; PromptError for one that the model does not know."""
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
+            raise PromptError(f"the prompt holds the token id {token!r}; this model knows 0 to {vocab - 1}.")
+    return list(ids)
 
 
 def _budget_j(budget: float | str | None) -> float | None:

@@ -110,7 +110,7 @@ def test_assistant(world: World) -> None:
     )
     assert len(spent) == 2, output
     state = json.loads((world.place.board / "home/jetson/02-assistant/allowance.json").read_text(encoding="utf-8"))
-    assert 0 < state["spent_j"] < 20
+    assert 0 < state["windows"]["day"]["spent_j"] < 20
 
 
 def test_calibrate_and_validate(world: World) -> None:
@@ -138,7 +138,7 @@ def test_service(world: World) -> None:
     output = world.upto("04-systemd")
     assert re.search(r"\[t\d.*: .* of 10 J \(calibrated\), ended by ", output)
     state = json.loads((world.place.board / "var/lib/eopc-assistant/allowance.json").read_text(encoding="utf-8"))
-    assert state["spent_j"] > 0
+    assert state["windows"]["day"]["spent_j"] > 0
     assert (world.place.home / "systemctl.log").read_text().splitlines()[:2] == [
         "daemon-reload",
         "enable --now eopc-assistant.socket",

@@ -47,7 +47,7 @@ class FakeTier:
         out: npt.NDArray[np.float32] = np.zeros((1, 258), dtype=np.float32)
         if not self._flat:
             out[0, self._script[(cache.length - cache.prompt) % len(self._script)]] = 5.0
-        return out
+        return out.repeat(len(tokens), axis=0) if logits == "all" else out
 
     def prefill(self, cache: FakeCache, tokens: Sequence[int]) -> Logits:
         return self.forward(cache, tokens)

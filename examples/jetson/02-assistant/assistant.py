@@ -9,89 +9,49 @@ an answer begins and settled at its end, so a process killed in between costs it
 from __future__ import annotations
 
 import argparse
-import fcntl
-import json
-import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
-from datetime import date
 from pathlib import Path
 
+from eopc_runtime.allowance import BudgetPolicy
 from eopc_runtime.cli.meters import meter_of_run, prices_here
-from eopc_runtime.errors import BudgetError, EopcError, UsageError
+from eopc_runtime.errors import EopcError
 from eopc_runtime.session import Session
 from eopc_runtime.units import format_energy, parse_energy
+from eopc_runtime.windows import Allowance
 
 TURNS = 3  # questions that are remembered, answers included
 
 
-class Allowance:
-    """The joules of a day. The state file is replaced as a whole: after a power cut it is the old or the new one."""
-
-    def __init__(self, path: Path, per_day_j: float, today: Callable[[], date] = date.today) -> None:
-        """Lock the state, so that two processes cannot spend the same joules; UsageError when another one has it."""
-        self._path, self._per_day_j, self._today = path, per_day_j, today
-        self._lock = path.with_suffix(".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"{path} is in use by another assistant; end it, or give this one a --state.") from None
-
-    def left_j(self) -> float:
-        """Joules that are left today."""
-        return max(self._per_day_j - self._read()[1], 0.0)
-
-    def book(self, joules: float) -> None:
-        """Add to what was spent today; what was set aside and not used comes back as a negative number."""
-        day, spent_j = self._read()
-        draft = self._path.with_suffix(".new")
-        with draft.open("w", encoding="utf-8") as file:
-            json.dump({"day": day, "spent_j": max(spent_j + joules, 0.0)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(self._path)
-
-    def _read(self) -> tuple[str, float]:
-        """The day that counts, and what was spent on it. A clock that was set back opens no second allowance."""
-        today = self._today().isoformat()
-        try:
-            state = json.loads(self._path.read_text(encoding="utf-8"))
-            day, spent_j = str(date.fromisoformat(state["day"])), float(state["spent_j"])
-        except FileNotFoundError:
-            return today, 0.0
-        except (ValueError, TypeError, KeyError):
-            raise UsageError(f"{self._path} is no allowance; delete it to begin with a full one.") from None
-        return (day, spent_j) if day >= today else (today, 0.0)
-
-
-def answer(session: Session, allowance: Allowance, messages: list[dict[str, str]], per_answer_j: float) -> str:
-    """Print the answer as it comes and return it; BudgetError when the day has too little left for one token."""
-    budget_j = min(per_answer_j, allowance.left_j())
-    if budget_j <= 0:
-        raise BudgetError("The joules of this day are spent.")
-    generation = session.stream(messages=messages, budget=budget_j)  # raises before it spends anything
-    allowance.book(budget_j)
+def answer(session: Session, policy: BudgetPolicy, messages: list[dict[str, str]], per_answer_j: float) -> str:
+    """Print the answer as it comes and return it; an error says why there is none."""
+    grant = policy.request(per_answer_j)
+    try:
+        generation = session.stream(messages=messages, budget=grant.joules)
+    except EopcError:
+        policy.settle(grant, 0.0)  # nothing ran
+        raise
     for event in generation:
         print(event.text, end="", flush=True)
     print(flush=True)
     result = generation.result
-    allowance.book(result.energy_j - budget_j)
+    policy.settle(grant, result.energy_j)
     for warning in result.warnings:
         print(f"Warning: {warning}", file=sys.stderr)
-    spent = f"{format_energy(result.energy_j)} of {format_energy(budget_j)} ({result.energy_source})"
-    left = format_energy(allowance.left_j())
+    spent = f"{format_energy(result.energy_j)} of {format_energy(grant.joules)} ({result.energy_source})"
+    left = format_energy(policy.left_j)
     print(f"[{result.plan}: {spent}, ended by {result.finish_reason}; {left} left today]", file=sys.stderr)
     return result.text
 
 
-def converse(session: Session, allowance: Allowance, questions: Iterable[str], per_answer_j: float) -> None:
+def converse(session: Session, policy: BudgetPolicy, questions: Iterable[str], per_answer_j: float) -> None:
     """Answer line after line; a question that cannot be answered says why and is forgotten."""
     messages: list[dict[str, str]] = []
     for question in filter(None, map(str.strip, questions)):
         asked = [*messages[-2 * TURNS + 2 :], {"role": "user", "content": question}]
         try:
-            text = answer(session, allowance, asked, per_answer_j)
+            text = answer(session, policy, asked, per_answer_j)
         except EopcError as error:
             print(f"(no answer: {error})", flush=True)
         else:
@@ -108,7 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         with ExitStack() as stack:
-            allowance = Allowance(options.state, options.per_day)
+            policy = stack.enter_context(BudgetPolicy([Allowance(options.per_day, "day")], options.state))
             session = stack.enter_context(Session.open(options.bundle))
             runner = session.runner
             meter = meter_of_run(session.bundle, None, budget=True, on_gpu=runner is not None and runner.on_gpu)
@@ -118,7 +78,7 @@ def main() -> None:
             session.use(meter=meter, table=prices)
             for remark in filter(None, [warning, *session.notes]):
                 print(f"Warning: {remark}", file=sys.stderr)
-            converse(session, allowance, sys.stdin, options.per_answer)
+            converse(session, policy, sys.stdin, options.per_answer)
     except EopcError as error:
         sys.exit(f"Error: {error}")
 

@@ -34,6 +34,7 @@ class Entry:
 COMMANDS = {
     "build": Entry("eopc_compiler.cli.build", "build", "Compile a model into a ladder of tiers for a device."),
     "run": Entry("eopc_runtime.cli.run", "run", "Generate text within a joule budget."),
+    "serve": Entry("eopc_runtime.cli.serve", "serve", "Serve a bundle over OpenAI's API, with a budget per request."),
     "inspect": Entry("eopc_runtime.cli.inspect", "inspect", "Show what is in a bundle, and verify it."),
     "eval": Entry("eopc_runtime.cli.evaluate", "evaluate", "Measure the perplexity of a bundle's tiers."),
     "bench": Entry("eopc_runtime.cli.bench", "bench", "Measure the speed and memory of a bundle's tiers."),
@@ -51,6 +52,7 @@ COMMANDS = {
 EXTRAS = {
     **dict.fromkeys(("onnxruntime",), "ort"),
     **dict.fromkeys(("pynvml",), "nvml"),
+    **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), "serve"),
     **dict.fromkeys(
         ("torch", "transformers", "safetensors", "huggingface_hub", "onnx", "onnxscript", "onnx_ir", "gguf"),
         "compiler",

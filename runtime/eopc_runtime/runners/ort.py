@@ -121,6 +121,7 @@ class OrtTier:
             self._selector = Selector(gather, self.device)
         release_memory()  # loading leaves unpacked copies behind: on a 135M model 60 to 90 MB of 330
         self._ort = ort
+        self.mark = object()  # tells this loading of the tier from another: bindings are of one of them
         self.tier, self._layers, self._context = info.tier, info.layers, manifest.context
         self._ladder = {t.tier: t.layers for t in manifest.tiers}
         self._head_dim, self._vocab = manifest.model.head_dim, manifest.model.vocab_size
@@ -215,7 +216,7 @@ class OrtTier:
     def _decode(self, cache: OrtCache, token: int) -> Logits:
         """One token through buffers that are bound once and updated in place."""
         step = cache.decode_binding
-        if step is None:
+        if step is None or step.mark is not self.mark:  # the tier may have been let go and loaded again since
             step = cache.decode_binding = _DecodeBinding.create(self, cache)
         step.ids[0, 0], step.positions[0, 0], step.write[0] = token, cache.length, cache.length
         step.mask[..., : cache.length + 1] = 0.0
@@ -273,6 +274,7 @@ class OrtTier:
 class _DecodeBinding:
     """Inputs and outputs of a decode step, as NumPy views on the bound buffers."""
 
+    mark: object  # of the loaded tier that it was made for
     binding: Any
     ids: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
@@ -298,6 +300,7 @@ class _DecodeBinding:
         bind_weights(binding, cache)
         binding.bind_ortvalue_output("logits", share(logits))
         return cls(
+            tier.mark,
             binding,
             arrays["input_ids"],
             arrays["position_ids"],
