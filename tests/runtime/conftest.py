@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from eopc_runtime.bundle import Bundle, file_entry
+from eopc_runtime.bundle import Bundle
+from eopc_runtime.bundle_files import file_entry
 from eopc_runtime.calibration.calibrate import Rig
 from eopc_runtime.calibration.conditions import Place
 from eopc_runtime.energy import EnergyTable, TierEnergy

@@ -23,16 +23,8 @@ from eopc_compiler.extras import key_value_entries
 from eopc_compiler.ladder import Mask, UnitOrder, full_mask, tier_config
 from eopc_compiler.tracing import Target
 from eopc_compiler.weights import WeightReader, WeightWriter
-from eopc_runtime.bundle import (
-    LayerInfo,
-    Manifest,
-    ModelInfo,
-    PrefillInfo,
-    SelectorInfo,
-    TierInfo,
-    Workload,
-    file_entry,
-)
+from eopc_runtime.bundle import LayerInfo, Manifest, ModelInfo, PrefillInfo, SelectorInfo, TierInfo, Workload
+from eopc_runtime.bundle_files import file_entry
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
 
 CONTEXT = 256
