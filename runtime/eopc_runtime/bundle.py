@@ -18,6 +18,7 @@ from pathlib import Path
 from eopc_runtime.bundle_files import FileEntry, check_files, check_only, finish_publication, inside
 from eopc_runtime.energy import ENERGY_SOURCES, EnergyTable, TierCost
 from eopc_runtime.errors import BundleError
+from eopc_runtime.graph_check import read_graph
 from eopc_runtime.jsonfields import Fields, did_you_mean, plain, read_json, shown
 from eopc_runtime.mask import MAX_MASK_BYTES, Mask
 from eopc_runtime.profiles import COMPUTE_DTYPES, DIALECTS, PRECISIONS
@@ -94,6 +95,10 @@ class Bundle:
                 "Copy the bundle again, or rebuild it."
             )
         return mask
+
+    def graph(self, relative: str) -> bytes:
+        """Return a graph that may be handed to a runtime; BundleError if it does or reads what it may not."""
+        return read_graph(self.root, relative, {entry.path: entry.bytes for entry in self.manifest.files})
 
     def path(self, relative: str) -> Path:
         """Return the path of a file of the bundle; BundleError if it leads outside."""

@@ -27,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # What the library imports only when it is used, and could not any more when no file can be opened.
 WARM_UP = "{{ 'a b' | wordwrap }}{{ 1 | pprint }}{{ strftime_now('%d %b %Y') }}{{ 1 | tojson }}{{ missing.x }}"
-CPU_S = 0.5  # of one request; honest templates take milliseconds
+CPU_S = 0.3  # of one request; honest templates take milliseconds
 MEMORY_BYTES = 384 << 20  # of address space; the interpreter itself takes 30 to 60 MB of it
 
 
@@ -125,7 +125,7 @@ def _why(error: Exception) -> dict[str, str]:
     if isinstance(error, _RefusedError):
         return {"refused": error.message or ""}
     if isinstance(error, SecurityError):
-        return {"stopped": error.message or ""}
+        return {"stopped": (error.message or "").rstrip(".")}
     if isinstance(error, MemoryError):
         return {"stopped": "it needs more memory than any prompt"}
     return {"failed": f"{type(error).__name__}: {error}"}

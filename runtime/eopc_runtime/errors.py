@@ -5,7 +5,7 @@ EopcError                 exit code 1 unless said otherwise
 ├── BudgetError           a joule budget is malformed or cannot be met
 ├── DeviceError           unknown device, a profile that does not fit the request, or no power to read
 │   ├── MeterLostError    a power meter stopped delivering while a window was open
-│   ├── DeviceMemoryError a GPU has no memory left for what was asked
+│   ├── DeviceMemoryError no memory is left for what was asked, on a GPU or here
 │   └── DeviceLostError   a GPU stopped answering; nothing works on it until the process ends
 ├── ModelError            a checkpoint that cannot be read or is not supported
 ├── BundleError           a bundle that is missing, damaged, or of another schema
@@ -39,7 +39,7 @@ class MeterLostError(DeviceError):
 
 
 class DeviceMemoryError(DeviceError):
-    """A GPU has no memory left; the message says for what."""
+    """No memory is left, on a GPU or on this machine; the message says for what."""
 
 
 class DeviceLostError(DeviceError):

@@ -5,8 +5,8 @@ domain; no functions, no graphs inside graphs (so no loops), no custom operators
 files the manifest lists, within their bounds, with exactly the bytes their shape says, and together no more than
 the files have. All this is read from the serialised bytes, before anything is allocated or opened.
 
-Not covered: how large the results of operators become. An outer product of two small tensors can ask for more memory
-than there is; ONNX Runtime then raises, or the system ends the process.
+Not covered: how large the results of operators become. An Expand, or an outer product of two small tensors, can ask
+for more memory than there is; ONNX Runtime then raises, or the system ends the process.
 """
 
 from __future__ import annotations
@@ -23,14 +23,26 @@ from eopc_runtime.protobuf_wire import Message, WireError
 MAX_GRAPH_BYTES = 64 << 20  # weights lie outside; 80 layers take some 3 MB
 MAX_DIMENSIONS = 8
 OWN_DOMAIN = ("", "ai.onnx")
-# What eopc's dialects are written in. None of them repeats: ConstantOfShape, Expand, Tile or Loop are not here.
+# What eopc's dialects are written in.
 OPERATORS = frozenset(
     {
         *("Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter"),  # native
-        *("Pow", "ReduceMean", "ReduceSum", "ScatterND", "Softmax", "Sqrt", "Reciprocal"),
-        *("Add", "Cast", "Concat", "Div", "Gather", "MatMul", "Mul", "Neg", "Reshape", "Shape", "Sigmoid", "Slice"),
-        *("Split", "Squeeze", "Sub", "TopK", "Transpose", "Unsqueeze", "Constant", "Identity"),
+        *(
+            "Div",
+            "Expand",
+            "Range",
+            "ReduceMean",
+            "ScatterND",
+            "Shape",
+            "Softmax",
+            "Sqrt",
+            "Squeeze",
+            "Sub",
+        ),  # primitive
+        *("Add", "Cast", "Concat", "Gather", "MatMul", "Mul", "Reshape", "Sigmoid", "Slice", "Split", "Transpose"),
+        *("Constant", "Identity", "Neg", "Pow", "Reciprocal", "Unsqueeze"),
         *("DequantizeLinear", "QuantizeLinear"),
+        *("ReduceSum", "TopK"),  # channels chosen by the prompt
     }
 )
 # onnx.proto: bits of one element, by TensorProto.DataType

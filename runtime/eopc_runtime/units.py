@@ -104,3 +104,12 @@ def _scale(text: str, unit: str) -> Decimal:
     milli = f"m{unit[1:]}"  # MJ reads as mega, which eopc leaves out lest it be meant as milli
     near = f' Did you mean "{milli}"?' if milli in JOULES_PER_UNIT else did_you_mean(unit, JOULES_PER_UNIT)
     raise BudgetError(f'"{text}" has the unknown unit "{unit}"; eopc knows {known}.{near} {_EXAMPLE}.')
+
+
+def format_bytes(count: float) -> str:
+    """Return a size for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")

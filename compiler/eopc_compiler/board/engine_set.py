@@ -81,6 +81,8 @@ def build_engines(args: EngineArgs, say: Say, tick: Say, run: Callable[..., JobR
     """
     bundle = Bundle.open(args.bundle)
     infos = [bundle.tier(name) for name in args.tiers] or list(bundle.manifest.tiers)
+    for graph in (path for info in infos for path in info.graphs):
+        bundle.graph(graph)  # refuses what no bundle's graph may do, before anything else reads it
     target = resolve_target(args.device or bundle.manifest.device, args.proxy)
     check_dialect(target, bundle.manifest.dialect)
     settings = choose_settings(bundle.manifest, args)
