@@ -9,7 +9,8 @@ EopcError                 exit code 1 unless said otherwise
 │   └── DeviceLostError   a GPU stopped answering; nothing works on it until the process ends
 ├── ModelError            a checkpoint that cannot be read or is not supported
 ├── BundleError           a bundle that is missing, damaged, or of another schema
-│   └── EngineMismatchError   a TensorRT plan that was built for another machine, version or graph
+│   ├── EngineMismatchError   a TensorRT plan that was built for another machine, version or graph
+│   └── SignatureError    a bundle that is not signed by the key it should be, or was changed since
 ├── PromptError           a prompt that cannot be run (empty, longer than the context)
 ├── ParityError           an exported graph that does not compute what the model computes
 └── MissingExtraError     an optional dependency is not installed; the message names the extra
@@ -56,6 +57,10 @@ class BundleError(EopcError):
 
 class EngineMismatchError(BundleError):
     """A TensorRT plan does not fit this machine or bundle; the message names what differs and how to rebuild."""
+
+
+class SignatureError(BundleError):
+    """The bundle is not signed, or not by this key, or is not what was signed."""
 
 
 class PromptError(EopcError):

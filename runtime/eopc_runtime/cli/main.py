@@ -43,6 +43,9 @@ COMMANDS = {
     "validate": Entry("eopc_runtime.cli.validate", "validate", "Compare predicted with measured joules."),
     "energy": Entry("eopc_runtime.cli.energy", "energy", "Measure, model and predict joules."),
     "devices": Entry("eopc_runtime.cli.devices", "devices", "List the device profiles and their constants."),
+    "keygen": Entry("eopc_runtime.cli.signature", "keygen", "Make a key to sign bundles with."),
+    "sign": Entry("eopc_runtime.cli.signature", "sign", "Sign a bundle."),
+    "verify": Entry("eopc_runtime.cli.signature", "verify", "Check that a bundle is what was signed."),
     "doctor": Entry("eopc_runtime.cli.doctor", "doctor", "Report what this machine has and lacks, with fixes."),
 }
 
@@ -50,6 +53,7 @@ COMMANDS = {
 EXTRAS = {
     **dict.fromkeys(("onnxruntime",), "ort"),
     **dict.fromkeys(("pynvml",), "nvml"),
+    **dict.fromkeys(("cryptography",), "sign"),
     **dict.fromkeys(
         ("torch", "transformers", "safetensors", "huggingface_hub", "onnx", "onnxscript", "onnx_ir", "gguf"),
         "compiler",
