@@ -168,7 +168,8 @@ def _text_of(answer: dict[str, str] | None, failed: str = "failed") -> str:
     if "ok" in answer:
         return answer["ok"]
     if "refused" in answer:
-        raise PromptError(f"the chat template refuses these messages: {shown(answer['refused'])}")
+        words = shown(answer["refused"]).rstrip(".")
+        raise PromptError(f"the chat template refuses these messages: {words}. Change them, or use --raw.")
     if "stopped" in answer:
         raise BundleError(f"the chat template was stopped: {shown(answer['stopped'])}. Use --raw to skip it.")
     raise BundleError(f"the bundle's chat template {failed} ({shown(answer['failed'])}). Use --raw to skip it.")

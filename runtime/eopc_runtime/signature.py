@@ -16,7 +16,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from eopc_runtime.bundle import ENERGY_NAME, MANIFEST_NAME, Bundle, Manifest
 from eopc_runtime.bundle_files import inside
@@ -208,7 +208,8 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
             f"{path} holds no private Ed25519 key without a password, in PEM. Make one: eopc keygen FILE, or "
             "openssl genpkey -algorithm ed25519."
         )
-    return cast("Ed25519PrivateKey", key)
+    checked: Ed25519PrivateKey = key
+    return checked
 
 
 def _public_key(path: Path) -> Ed25519PublicKey:
@@ -222,7 +223,8 @@ def _public_key(path: Path) -> Ed25519PublicKey:
         raise UsageError(
             f"{path} holds no public Ed25519 key in PEM. Give the {PUBLIC_SUFFIX} file of the signer's key."
         )
-    return key
+    checked: Ed25519PublicKey = key
+    return checked
 
 
 def _key_bytes(path: Path) -> bytes:

@@ -157,7 +157,7 @@ def _guarded(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise BundleError(f"{what}: {shown(str(error))}") from error
+        raise BundleError(f"{what} ({shown(str(error))}). Copy the bundle again, or rebuild it.") from error
 
 
 @contextmanager

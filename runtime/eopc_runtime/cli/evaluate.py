@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from eopc_runtime.cli.output import Progress, print_json, print_table
-from eopc_runtime.cli.runners import runner_option, show_notes
+from eopc_runtime.cli.runners import THREADS, runner_option, show_notes
 
 if TYPE_CHECKING:
     from eopc_runtime.runners.base import Logits, TierRunner
@@ -34,7 +34,7 @@ _PART = 512
     "tier that prunes its prefill scores as t0.",
 )
 @runner_option
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: onnxruntime's choice]")
+@click.option("--threads", type=THREADS, help="CPU threads. [default: onnxruntime's choice]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     bundle: str,
