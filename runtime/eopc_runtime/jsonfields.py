@@ -31,7 +31,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean "x"?` for the nearest known name, or an empty string."""
     names = [x for x in islice(known, _MAX_NAMES) if len(x) <= _MAX_NAME_CHARS]
     near = difflib.get_close_matches(name[:_MAX_NAME_CHARS], names, n=1, cutoff=0.5)
-    return f' Did you mean "{near[0]}"?' if near else ""
+    return f' Did you mean "{shown(near[0])}"?' if near else ""
 
 
 def shown(text: str) -> str:

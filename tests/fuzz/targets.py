@@ -1,4 +1,4 @@
-"""What is fuzzed: every reader of foreign bytes, with seeds. A target may raise EopcError, and nothing else, in time."""
+"""What is fuzzed: every reader of foreign bytes, with seeds. A target may raise EopcError, nothing else, and in time."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from eopc_runtime.bundle import Manifest
 from eopc_runtime.chat import ChatTemplate
 from eopc_runtime.energy import EnergyTable, TierEnergy
 from eopc_runtime.energy_model.rows import read_measurements
-from eopc_runtime.errors import BundleError, EopcError, UsageError
+from eopc_runtime.errors import BundleError, EopcError
 from eopc_runtime.graph_check import check_graph
 from eopc_runtime.jsonfields import parse_json
 from eopc_runtime.mask import Mask
-from eopc_runtime.power.boards import board_rails, list_boards
+from eopc_runtime.power.boards import list_boards
 from eopc_runtime.power.tegrastats_log import read_log
 from eopc_runtime.sequence_record import read_records
 from eopc_runtime.signature import Signature
@@ -88,7 +88,7 @@ def read_csv(data: bytes) -> None:
 def tegrastats(data: bytes) -> None:
     """A power log, by the printed clock and at an interval."""
     lines = text_of(data).splitlines()
-    rules = [board_rails(board) for board in list_boards()]
+    rules = [board.rails for board in list_boards()]
     for interval_s in (None, 0.5):
         log = read_log(lines, rules, interval_s=interval_s)
         assert log.energy_j is None or log.energy_j >= 0
@@ -171,13 +171,15 @@ TEMPLATES = (
     b"{%- set ns = namespace(found=false) -%}{% if messages[0].role == 'system' %}{% set s = messages[0]['content'] %}"
     b"{% endif %}{% macro f(x, n=2) %}{{ x * n }}{% endmacro %}{{ f(s) }}{{ messages | tojson }}"
     b"{{ strftime_now('%d %b %Y') }}{% if not messages %}{{ raise_exception('none') }}{% endif %}",
-    b"{{ 'a'.join(['b', 'c']) ~ messages[-1].content[:3] | upper }}{% generation %}x{% endgeneration %}{% break %}",
+    b"{{ 'a'.join(['b', 'c']) ~ messages[-1].content[:3] | upper }}{% generation %}x{% endgeneration %}"
+    b"{% for x in range(9) %}{% if x > 3 %}{% break %}{% endif %}{{ x }}{% endfor %}",
 )
 LINES = (
     b"11-29-2026 02:30:01 RAM 2448/7620MB (lfb 5x4MB) SWAP 0/3810MB (cached 0MB) CPU [3%@729,off] EMC_FREQ 0%@2133 "
     b"cpu@45.5C VDD_IN 4012mW/4012mW VDD_CPU_GPU_CV 559mW/559mW VDD_SOC 1399mW/1399mW\n",
     b"RAM 1903/3964MB CPU [1%@102] POM_5V_IN 1532/1532 POM_5V_GPU 0/0 POM_5V_CPU 123/123\n",
-    b"11-29-2026 02:30:02 RAM 1/2MB VDD_GPU_SOC 1500mW/1500mW VDD_CPU_CV 300mW/300mW VIN_SYS_5V0 3000mW/3000mW NC 0mW/0mW\n",
+    b"11-29-2026 02:30:02 RAM 1/2MB "
+    b"VDD_GPU_SOC 1500mW/1500mW VDD_CPU_CV 300mW/300mW VIN_SYS_5V0 3000mW/3000mW NC 0mW/0mW\n",
 )
 # weights.bin of 64 bytes: a model of one external tensor and one node
 GRAPH = bytes.fromhex(
@@ -209,4 +211,3 @@ TARGETS: dict[str, Target] = {
         (b'{"schema": 1, "kind": "eopc sequence", "engine": "e", "decisions": null}\n',),
     ),
 }
-assert UsageError.__mro__[1] is EopcError
