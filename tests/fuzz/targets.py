@@ -1,4 +1,4 @@
-"""What is fuzzed: every reader of foreign bytes, with seeds. A target may raise EopcError, nothing else, and in time."""
+"""What is fuzzed: every reader of foreign bytes, with seeds. A target may raise EopcError in time, and nothing else."""
 
 from __future__ import annotations
 
