@@ -83,6 +83,7 @@ class _Worker:
         self._source = source
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._release: Callable[[], object] = lambda: None  # ends the process; so do the end of this object and ours
 
     def start(self) -> None:
         """Start the child and let it compile the template."""
@@ -97,15 +98,19 @@ class _Worker:
     def stop(self) -> None:
         """End the child."""
         with self._lock:
-            if self._process is not None:
-                _end(self._process)
+            self._release()
             self._process = None
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
+            self._release()
             process = _spawn()
-            weakref.finalize(self, _end, process)
-            _text_of(_exchange(process, json.dumps({"source": self._source})), "does not compile")
+            self._release = weakref.finalize(self, _end, process)
+            try:
+                _text_of(_exchange(process, json.dumps({"source": self._source})), "does not compile")
+            except BundleError:
+                self._release()
+                raise
             self._process = process
         return self._process
 
