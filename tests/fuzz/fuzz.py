@@ -1,13 +1,14 @@
-"""Coverage-guided fuzzing of one target: `python tests/fuzz/fuzz.py manifest --seconds 600`.
+"""Coverage-guided fuzzing: `python tests/fuzz/fuzz.py manifest --seconds 600`, or `all` for every target in turn.
 
-Needs atheris (`pip install atheris`, Linux, CPython up to 3.13). What it finds is written to the folder it ran in, as
-crash-HASH; `python tests/fuzz/fuzz.py manifest --input crash-HASH` shows what happens.
+Needs `pip install -e ".[fuzz]"` (atheris: Linux, CPython up to 3.13). What it finds is written to the folder it ran
+in, as crash-HASH; `python tests/fuzz/fuzz.py manifest --input crash-HASH` shows what happens.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,6 +29,11 @@ def main() -> None:
 
         print("accepted" if TARGETS[args.target].run(args.input.read_bytes()) else "refused")
         return
+    if args.target == "all":
+        from targets import TARGETS
+
+        commands = [[sys.executable, __file__, name, "--seconds", str(args.seconds)] for name in TARGETS]
+        sys.exit(max(subprocess.call(command) for command in commands))
     import atheris
 
     with atheris.instrument_imports(include=["eopc_runtime"]):

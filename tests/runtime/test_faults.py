@@ -13,7 +13,7 @@ import pytest
 from eopc_runtime.bundle import Bundle
 from eopc_runtime.calibration import publish as publishing
 from eopc_runtime.errors import DeviceError, DeviceMemoryError, UsageError
-from eopc_runtime.files import write_new, write_whole
+from eopc_runtime.files import write_new, write_output, write_whole
 from eopc_runtime.runners.ort_session import execute
 from eopc_runtime.sequence_record import SequenceRecord, append_record, read_records
 
@@ -75,7 +75,7 @@ def test_a_full_disk_while_prices_are_published_keeps_the_old_ones(
     assert publishing.publish(bundle, replace(bundle.energy, margin=0.5)).energy.margin == 0.5
 
 
-@pytest.mark.parametrize("writer", [write_whole, lambda path, content: write_new(path, content, 0o600)])
+@pytest.mark.parametrize("writer", [write_whole, write_output, lambda path, content: write_new(path, content, 0o600)])
 def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: Any) -> None:
     """A fit, a plot, a signature or a key is there whole or not at all."""
 
@@ -86,6 +86,37 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="No space left"):
         writer(tmp_path / "fit.json", b"{}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_link_in_a_bundle_is_written_through(tmp_path: Path) -> None:
+    """Links that a bundle came with, under the names that calibration writes, lead to nothing that is overwritten."""
+    root, precious = tmp_path / "small.eopc", tmp_path / "precious"
+    write_bundle(root)
+    precious.write_text("mine")
+    names = ("energy.next.json", "manifest.next.json", "signature.json", f".signature.json.{os.getpid()}")
+    for name in names:
+        (root / name).symlink_to(precious)
+    bundle = Bundle.open(root)
+    publishing.publish(bundle, replace(bundle.energy, margin=0.5))
+    write_whole(root / "signature.json", b"{}")
+    assert precious.read_text() == "mine"
+    assert Bundle.open(root).energy.margin == 0.5
+    assert (root / "signature.json").read_bytes() == b"{}"
+
+
+def test_an_output_goes_through_a_users_link_and_into_a_device(tmp_path: Path) -> None:
+    """What a user names is theirs: a link stays a link, and a device stays a device."""
+    (tmp_path / "link.json").symlink_to(tmp_path / "fit.json")
+    write_output(tmp_path / "link.json", b"{}")
+    assert (tmp_path / "fit.json").read_bytes() == b"{}" and (tmp_path / "link.json").is_symlink()
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_output(tmp_path / "pipe", b"{}")
+        assert os.read(reader, 10) == b"{}"
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 class Failing:

@@ -35,12 +35,12 @@ def sweetspot(
     """
     from eopc_runtime.cli.energy_fit import columns_of
     from eopc_runtime.energy_model.sources import choose, load_priced
-    from eopc_runtime.files import write_whole
+    from eopc_runtime.files import write_output
 
     items = choose(load_priced(source, columns_of(by)), key)
     content, best, spots = describe(source, items, prompt_tokens)
     if plot is not None:
-        write_whole(plot, _picture(best, spots).encode())
+        write_output(plot, _picture(best, spots).encode())
     if as_json:
         print_json(content)
         return

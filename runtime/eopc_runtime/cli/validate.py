@@ -88,7 +88,7 @@ def validate(
     """
     from eopc_runtime.bundle import Bundle
     from eopc_runtime.errors import UsageError
-    from eopc_runtime.files import write_whole
+    from eopc_runtime.files import write_output
     from eopc_runtime.validation.compare import summarise
     from eopc_runtime.validation.plot import validation_svg
 
@@ -103,7 +103,7 @@ def validate(
     if plot is not None:
         title = f"{bundle.manifest.model.name}: predicted and measured joules"
         note = f"{bundle.energy.source} prices, measured by {report.meter}"
-        write_whole(plot, validation_svg(title, note, report.checked, summary).encode())
+        write_output(plot, validation_svg(title, note, report.checked, summary).encode())
     if as_json:
         print_json(describe(report, summary))
     else:
