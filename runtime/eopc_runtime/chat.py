@@ -117,7 +117,7 @@ class _Worker:
 
 def _spawn() -> subprocess.Popen[bytes]:
     """Start a child that finds the modules this process finds, and knows nothing else of it."""
-    environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONSAFEPATH": "1"}
+    environment = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "PYTHONSAFEPATH": "1"}
     try:
         return subprocess.Popen(
             [sys.executable, "-m", "eopc_runtime.chat_worker"],

@@ -40,7 +40,7 @@ OPERATORS = frozenset(
             "Sub",
         ),  # primitive
         *("Add", "Cast", "Concat", "Gather", "MatMul", "Mul", "Reshape", "Sigmoid", "Slice", "Split", "Transpose"),
-        *("Constant", "Identity", "Neg", "Pow", "Reciprocal", "Unsqueeze"),
+        *("Constant", "Identity", "Neg", "Pow", "Reciprocal", "ScatterElements", "Unsqueeze"),  # and their kin
         *("DequantizeLinear", "QuantizeLinear"),
         *("ReduceSum", "TopK"),  # channels chosen by the prompt
     }

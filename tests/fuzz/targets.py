@@ -23,6 +23,7 @@ from eopc_runtime.sequence_record import read_records
 from eopc_runtime.signature import Signature
 from eopc_runtime.tokenizer import Tokenizer
 
+RULES = [board.rails for board in list_boards()]
 LONGEST_S = 5.0  # of one input; all are done in milliseconds on a quiet machine
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "h\u00e9 {{ x }}"}]
 
@@ -88,9 +89,8 @@ def read_csv(data: bytes) -> None:
 def tegrastats(data: bytes) -> None:
     """A power log, by the printed clock and at an interval."""
     lines = text_of(data).splitlines()
-    rules = [board.rails for board in list_boards()]
     for interval_s in (None, 0.5):
-        log = read_log(lines, rules, interval_s=interval_s)
+        log = read_log(lines, RULES, interval_s=interval_s)
         assert log.energy_j is None or log.energy_j >= 0
 
 
