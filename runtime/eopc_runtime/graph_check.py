@@ -40,7 +40,17 @@ OPERATORS = frozenset(
             "Sub",
         ),  # primitive
         *("Add", "Cast", "Concat", "Gather", "MatMul", "Mul", "Reshape", "Sigmoid", "Slice", "Split", "Transpose"),
-        *("Constant", "Identity", "Neg", "Pow", "Reciprocal", "ScatterElements", "Unsqueeze"),  # and their kin
+        *(
+            "Constant",
+            "Greater",
+            "Identity",
+            "Neg",
+            "OneHot",
+            "Pow",
+            "Reciprocal",
+            "ScatterElements",
+            "Unsqueeze",
+        ),  # kin
         *("DequantizeLinear", "QuantizeLinear"),
         *("ReduceSum", "TopK"),  # channels chosen by the prompt
     }
