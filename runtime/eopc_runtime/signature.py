@@ -114,9 +114,9 @@ def verify(root: Path, key_file: Path, allow_own: bool = False) -> Verified:
         BundleError: a file differs from the manifest.
         UsageError: the file holds no public Ed25519 key.
     """
+    key = _public_key(key_file)
     from cryptography.exceptions import InvalidSignature
 
-    key = _public_key(key_file)
     bundle = Bundle.open(root)
     found = read_signature(root)
     if found is None:
