@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eopc_runtime.cli.evaluate import window_nll
 from eopc_runtime.errors import BudgetError
+from eopc_runtime.evaluation.texts import window_nll
 from eopc_runtime.sampling import SamplingParams
 from eopc_runtime.scheduler import Scheduler
 from eopc_runtime.session import Session

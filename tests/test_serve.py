@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from eopc_runtime.cli.evaluate import window_nll
+from eopc_runtime.evaluation.texts import window_nll
 from eopc_runtime.sampling import SamplingParams
 from eopc_runtime.session import Session
 

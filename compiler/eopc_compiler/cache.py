@@ -1,6 +1,7 @@
 """Stage outputs on disk, keyed by the hash of everything they depend on: the same command resumes where it stopped.
 
 A stage writes to a temporary name and is renamed when complete, so a killed build never leaves a half-written output.
+Beside it lies the hash of its content: an output that a failing disk or a person changed is made again, not used.
 The folder is locked while a build uses it; the system drops the lock of a build that was killed.
 """
 
@@ -14,9 +15,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from eopc_runtime.bundle_files import sha256_file
 from eopc_runtime.errors import UsageError
+from eopc_runtime.files import write_whole
 
 PARTIAL = "partial-"  # start of the name of an output that is being written
+SUM = ".sha256"  # end of the name of the file that holds the hash of an output
 
 
 class StageCache:
@@ -40,12 +44,16 @@ class StageCache:
             inputs: everything the output depends on, JSON-serialisable.
         """
         path = self.folder / f"{stage}-{digest({'stage': stage, **inputs})[:16]}{suffix}"
+        known = path.with_name(f"{path.name}{SUM}")
         if path.exists():
-            self.reused.append(stage)
-            return path
+            if known.is_file() and known.read_text(encoding="utf-8") == content_sum(path):
+                self.reused.append(stage)
+                return path
+            remove(path)
         partial = path.with_name(f"{PARTIAL}{path.name}")
         remove(partial)
         produce(partial)
+        write_whole(known, content_sum(partial).encode())
         partial.replace(path)
         return path
 
@@ -92,6 +100,14 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def content_sum(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files in a folder."""
+    if path.is_file():
+        return sha256_file(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    return digest([[p.relative_to(path).as_posix(), sha256_file(p)] for p in files])
 
 
 def digest(value: object) -> str:

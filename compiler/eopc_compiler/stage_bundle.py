@@ -30,17 +30,8 @@ from eopc_compiler.tier_graphs import ANSWER, DECODE, GATHER, tier_path
 from eopc_compiler.tier_graphs import PROMPT as PROMPT_GRAPH
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
 from eopc_runtime import __version__
-from eopc_runtime.bundle import (
-    Bundle,
-    LayerInfo,
-    Manifest,
-    ModelInfo,
-    PrefillInfo,
-    SelectorInfo,
-    TierInfo,
-    Workload,
-    file_entry,
-)
+from eopc_runtime.bundle import Bundle, LayerInfo, Manifest, ModelInfo, PrefillInfo, SelectorInfo, TierInfo, Workload
+from eopc_runtime.bundle_files import file_entry
 from eopc_runtime.energy import EnergyTable, prior_table
 from eopc_runtime.memory import release_memory
 from eopc_runtime.report.write import refresh_report

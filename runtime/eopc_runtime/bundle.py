@@ -3,30 +3,33 @@
 This module defines the format (schema 1 of `manifest.json`); the compiler writes what is read here. Reading
 is strict: unknown keys, wrong types, a ladder that does not nest, a path that leaves the bundle and a file
 that differs from its recorded size or sha256 are errors, each naming the file or key and what to do. Files
-that the manifest does not list (engines built on the board, a report) are left alone.
+that the manifest does not list (engines built on the board, a report) are left alone, but for those in the
+tokenizer's folder: whoever reads that folder opens what is there.
 """
 
 from __future__ import annotations
 
-import hashlib
+import stat
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
+from eopc_runtime.bundle_files import FileEntry, check_files, check_only, finish_publication, inside
 from eopc_runtime.energy import ENERGY_SOURCES, EnergyTable, TierCost
 from eopc_runtime.errors import BundleError
-from eopc_runtime.jsonfields import Fields, did_you_mean, plain, read_json
+from eopc_runtime.graph_check import read_graph
+from eopc_runtime.jsonfields import Fields, did_you_mean, plain, read_json, shown
+from eopc_runtime.mask import MAX_MASK_BYTES, Mask
 from eopc_runtime.profiles import COMPUTE_DTYPES, DIALECTS, PRECISIONS
 
 MANIFEST_SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
 ENERGY_NAME = "energy.json"
-NEXT_ENERGY_NAME = "energy.next.json"  # prices on their way into the bundle, see calibration/publish.py
 WEIGHTS_NAME = "weights.bin"
-TOKENIZER_NAME = "tokenizer/tokenizer.json"
+TOKENIZER_FOLDER = "tokenizer"
+TOKENIZER_NAME = f"{TOKENIZER_FOLDER}/tokenizer.json"
 KEEP_SHARES = ("layers", "kv_groups", "ffn")
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +44,21 @@ class Bundle:
     def open(cls, path: str | Path, verify: bool = True) -> Bundle:
         """Open a bundle directory; BundleError says what is wrong with it and how to mend it.
 
-        Every listed file must be there with its recorded size; `verify` also compares its sha256.
+        Every listed file must be there with its recorded size; `verify` also compares its sha256 and looks for hard
+        links. No other file of the bundle is opened.
         """
         root = Path(path)
-        if not root.is_dir():
-            what = "is a file, not a directory" if root.exists() else "does not exist"
+        kind = _kind(root)
+        if not stat.S_ISDIR(kind):
+            what = "is a file, not a directory" if kind else "does not exist"
             raise BundleError(f"The bundle {root} {what}. Give the directory that `eopc build -o` wrote.")
-        if not (root / MANIFEST_NAME).is_file():
+        if not stat.S_ISREG(_kind(root / MANIFEST_NAME)):
             raise BundleError(f"{root} has no {MANIFEST_NAME}, so it is no bundle. Build one with `eopc build`.")
-        manifest = Manifest.from_json(read_json(root / MANIFEST_NAME, MANIFEST_NAME, BundleError))
-        for entry in manifest.files:
-            if entry.path == ENERGY_NAME:
-                finish_publication(root, entry)
-            check_file(root, entry, verify)
+        manifest = Manifest.from_json(read_json(inside(root, MANIFEST_NAME), MANIFEST_NAME, BundleError))
+        listed = {entry.path: entry for entry in manifest.files}
+        finish_publication(root, listed[ENERGY_NAME])
+        check_files(root, manifest.files, verify)
+        check_only(root, TOKENIZER_FOLDER, list(listed))
         energy = EnergyTable.from_json(read_json(root / ENERGY_NAME, ENERGY_NAME, BundleError))
         if (priced := [t.tier for t in energy.tiers]) != [t.tier for t in manifest.tiers]:
             raise BundleError(
@@ -78,6 +83,22 @@ class Bundle:
     def tier(self, name: str) -> TierInfo:
         """Return a tier by name; BundleError names the nearest tier."""
         return self.manifest.tiers[self.tier_index(name)]
+
+    def mask(self, tier: TierInfo) -> Mask:
+        """Return what a tier keeps, by number; BundleError unless it is what the manifest says of the tier."""
+        where = tier.mask
+        mask = Mask.from_json(read_json(self.path(where), where, BundleError, MAX_MASK_BYTES), where)
+        kept = [(layer.source_layer, len(layer.kv_groups), len(layer.ffn_channels)) for layer in mask.layers]
+        if mask.tier != tier.tier or kept != [(x.source_layer, x.kv_heads, x.ffn) for x in tier.layers]:
+            raise BundleError(
+                f"{where} keeps other layers, KV groups or FFN channels than {MANIFEST_NAME} says of {tier.tier}. "
+                "Copy the bundle again, or rebuild it."
+            )
+        return mask
+
+    def graph(self, relative: str) -> bytes:
+        """Return a graph that may be handed to a runtime; BundleError if it does or reads what it may not."""
+        return read_graph(self.root, relative, {entry.path: entry.bytes for entry in self.manifest.files})
 
     def path(self, relative: str) -> Path:
         """Return the path of a file of the bundle; BundleError if it leads outside."""
@@ -320,34 +341,20 @@ class TierInfo:
         return tier
 
 
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """One file of the bundle, by path relative to it, with its sha256 and size."""
-
-    path: str
-    sha256: str
-    bytes: int
-
-    @classmethod
-    def from_fields(cls, fields: Fields) -> FileEntry:
-        """Read a file record strictly."""
-        entry = cls(fields.text("path"), fields.text("sha256"), fields.integer("bytes", minimum=0))
-        fields.done()
-        return entry
-
-
 def check_ladder(tiers: tuple[TierInfo, ...], num_hidden_layers: int) -> None:
     """Raise BundleError unless tiers are t0, t1, ... and each keeps a subset of the tier that hands down to it."""
     if not tiers:
         raise BundleError(f"{MANIFEST_NAME} has no tier. Build the bundle again.")
     for i, tier in enumerate(tiers):
         if tier.tier != f"t{i}":
-            raise BundleError(f"{MANIFEST_NAME} has the tier {tier.tier} where t{i} belongs. Build the bundle again.")
+            raise BundleError(
+                f"{MANIFEST_NAME} has the tier {shown(tier.tier)} where t{i} belongs. Build the bundle again."
+            )
         indexes = [layer.source_layer for layer in tier.layers]
         if not indexes or indexes != sorted(set(indexes)) or indexes[-1] >= num_hidden_layers:
             raise BundleError(
                 f"{MANIFEST_NAME}: the layers of {tier.tier} must be rising numbers below "
-                f"{num_hidden_layers}, not {indexes}. Build the bundle again."
+                f"{num_hidden_layers}, not {shown(str(indexes))}. Build the bundle again."
             )
         if i:  # nobody goes down to a tier that reads its own prompts, but everybody may go down from one
             handing_down = [tiers[0], *(t for t in tiers[1:i] if not t.selector)]
@@ -356,68 +363,12 @@ def check_ladder(tiers: tuple[TierInfo, ...], num_hidden_layers: int) -> None:
             raise BundleError(f"{MANIFEST_NAME}: {tier.tier} chooses channels, but leaves layers out. Build it again.")
 
 
-def inside(root: Path, relative: str) -> Path:
-    """Return root / relative; BundleError if the path is absolute, climbs out, or links out of root."""
-    pure = PurePosixPath(relative)
-    foreign = "\\" in relative or PureWindowsPath(relative).drive or "\0" in relative
-    if not relative or pure.is_absolute() or ".." in pure.parts or foreign or pure == PurePosixPath("."):
-        raise BundleError(
-            f'{MANIFEST_NAME} names the path "{relative}", which is not inside the bundle. Paths are '
-            f"relative and use forward slashes; build the bundle again."
-        )
-    path = root / pure
+def _kind(path: Path) -> int:
+    """The mode bits of a file, 0 where there is none or its name cannot be one."""
     try:
-        leads_out = not path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError):  # a link that leads to itself
-        leads_out = True
-    if leads_out:
-        raise BundleError(
-            f"{relative} is a link that leads out of the bundle {root}. Copy the bundle with its files, not links."
-        )
-    return path
-
-
-def check_file(root: Path, entry: FileEntry, verify: bool) -> None:
-    """Raise BundleError unless the file is there with its recorded size and, with `verify`, its sha256."""
-    path = inside(root, entry.path)
-    if not path.is_file():
-        raise BundleError(f"{entry.path} is missing from the bundle {root}. Copy the bundle again, or rebuild it.")
-    if (size := path.stat().st_size) != entry.bytes:
-        raise BundleError(
-            f"{entry.path} has {size} bytes, but the manifest says {entry.bytes}: the bundle {root} is "
-            f"incomplete or was changed. Copy it again, or rebuild it."
-        )
-    if verify and sha256_file(path) != entry.sha256:
-        raise BundleError(
-            f"{entry.path} does not match its sha256 in the manifest: the bundle {root} is damaged or was "
-            f"changed. Copy it again, or rebuild it."
-        )
-
-
-def finish_publication(root: Path, entry: FileEntry) -> None:
-    """Put new prices in their place if the manifest has their hash already: a kill came between the two renames."""
-    waiting = root / NEXT_ENERGY_NAME
-    with suppress(OSError):  # not there, or another process was faster
-        if waiting.stat().st_size == entry.bytes and sha256_file(waiting) == entry.sha256:
-            waiting.replace(inside(root, entry.path))
-
-
-def file_entry(root: Path, relative: str) -> FileEntry:
-    """Return the manifest entry of a file under root."""
-    path = inside(root, relative)
-    return FileEntry(PurePosixPath(relative).as_posix(), sha256_file(path), path.stat().st_size)
-
-
-def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file as hex, read in chunks of 1 MiB."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    except OSError as e:
-        raise BundleError(f"{path} cannot be read ({e.strerror}). Check its permissions.") from None
-    return digest.hexdigest()
+        return path.stat().st_mode
+    except (OSError, ValueError):
+        return 0
 
 
 def _check_schema(fields: Fields) -> None:
@@ -456,10 +407,10 @@ def _check_nested(above: TierInfo, tier: TierInfo) -> None:
 
 def _check_files(manifest: Manifest) -> None:
     """Every file the manifest relies on is listed once."""
-    paths = [entry.path for entry in manifest.files]
-    for path in paths:
-        if paths.count(path) > 1:
-            raise BundleError(f"{MANIFEST_NAME} lists {path} twice. Build the bundle again.")
+    paths = Counter(entry.path for entry in manifest.files)
+    for path, count in paths.items():
+        if count > 1:
+            raise BundleError(f"{MANIFEST_NAME} lists {shown(path)} twice. Build the bundle again.")
     needed = [
         ENERGY_NAME,
         WEIGHTS_NAME,
@@ -469,4 +420,6 @@ def _check_files(manifest: Manifest) -> None:
     for path in needed:
         if path not in paths:
             near = did_you_mean(path, paths)
-            raise BundleError(f"{MANIFEST_NAME} uses {path} but does not list it in files.{near} Build it again.")
+            raise BundleError(
+                f"{MANIFEST_NAME} uses {shown(path)} but does not list it in files.{near} Build it again."
+            )

@@ -5,11 +5,12 @@ EopcError                 exit code 1 unless said otherwise
 ├── BudgetError           a joule budget is malformed or cannot be met
 ├── DeviceError           unknown device, a profile that does not fit the request, or no power to read
 │   ├── MeterLostError    a power meter stopped delivering while a window was open
-│   ├── DeviceMemoryError a GPU has no memory left for what was asked
+│   ├── DeviceMemoryError no memory is left for what was asked, on a GPU or here
 │   └── DeviceLostError   a GPU stopped answering; nothing works on it until the process ends
 ├── ModelError            a checkpoint that cannot be read or is not supported
 ├── BundleError           a bundle that is missing, damaged, or of another schema
-│   └── EngineMismatchError   a TensorRT plan that was built for another machine, version or graph
+│   ├── EngineMismatchError   a TensorRT plan that was built for another machine, version or graph
+│   └── SignatureError    a bundle that is not signed by the key it should be, or was changed since
 ├── PromptError           a prompt that cannot be run (empty, longer than the context)
 ├── SequenceError         a running sequence failed; others go on
 │   └── SequenceCancelledError   it was cancelled, or what it ran on was closed
@@ -45,7 +46,7 @@ class MeterLostError(DeviceError):
 
 
 class DeviceMemoryError(DeviceError):
-    """A GPU has no memory left; the message says for what."""
+    """No memory is left, on a GPU or on this machine; the message says for what."""
 
 
 class DeviceLostError(DeviceError):
@@ -62,6 +63,10 @@ class BundleError(EopcError):
 
 class EngineMismatchError(BundleError):
     """A TensorRT plan does not fit this machine or bundle; the message names what differs and how to rebuild."""
+
+
+class SignatureError(BundleError):
+    """The bundle is not signed, or not by this key, or is not what was signed."""
 
 
 class PromptError(EopcError):

@@ -10,7 +10,9 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -18,11 +20,24 @@ from eopc_runtime.errors import EopcError
 
 T = TypeVar("T")
 
+MAX_JSON_BYTES = 16 << 20  # of one file; the largest manifest seen has some 100 KB
+MAX_INTEGER = 2**53  # beyond it JSON readers disagree; nothing eopc counts comes near
+_MAX_NAMES = 1000  # names a misspelled one is compared with; the comparison is slow
+_MAX_NAME_CHARS = 100
+_SHOWN_CHARS = 200  # of one value in a message
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean "x"?` for the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f' Did you mean "{near[0]}"?' if near else ""
+    names = [x for x in islice(known, _MAX_NAMES) if len(x) <= _MAX_NAME_CHARS]
+    near = difflib.get_close_matches(name[:_MAX_NAME_CHARS], names, n=1, cutoff=0.5)
+    return f' Did you mean "{shown(near[0])}"?' if near else ""
+
+
+def shown(text: str) -> str:
+    """A foreign text as a message may hold it: on one line, without control characters, and not long."""
+    line = "".join(c if c.isprintable() else "?" for c in text[: _SHOWN_CHARS + 1])
+    return line if len(line) <= _SHOWN_CHARS else f"{line[:_SHOWN_CHARS]}..."
 
 
 def parse_json(text: str, where: str, error: type[EopcError]) -> object:
@@ -34,27 +49,35 @@ def parse_json(text: str, where: str, error: type[EopcError]) -> object:
     def no_double(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) < len(pairs):  # Python would keep the last without a word
-            keys = [key for key, _ in pairs]
-            double = next(key for key in keys if keys.count(key) > 1)
-            raise error(f'{where} has the key "{double}" twice in one object. Remove one of them.')
+            double = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise error(f'{where} has the key "{shown(double)}" twice in one object. Remove one of them.')
         return found
 
     try:
         value: object = json.loads(text, parse_constant=no_constant, object_pairs_hook=no_double)
-    except (json.JSONDecodeError, RecursionError) as e:
-        raise error(f"{where} is not valid JSON ({e}). Copy or build it again.") from None
+    except (ValueError, RecursionError) as e:  # ValueError: malformed, or an integer of thousands of digits
+        raise error(f"{where} is not valid JSON ({shown(str(e))}). Copy or build it again.") from None
     return value
 
 
-def read_json(path: Path, where: str, error: type[EopcError]) -> object:
-    """Read and parse a JSON file; an unreadable file raises `error`."""
+def read_json(path: Path, where: str, error: type[EopcError], max_bytes: int = MAX_JSON_BYTES) -> object:
+    """Read and parse a JSON file; one that is unreadable, no UTF-8 or larger than `max_bytes` raises `error`."""
+    return parse_json(read_text(path, where, error, max_bytes), where, error)
+
+
+def read_text(path: Path, where: str, error: type[EopcError], max_bytes: int) -> str:
+    """Read a text file in UTF-8; one that is unreadable, no UTF-8 or larger than `max_bytes` raises `error`."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise error(f"{where} is not a text file. Copy or build it again.") from None
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1)
     except OSError as e:
         raise error(f"{where} cannot be read ({e.strerror}).") from None
-    return parse_json(text, where, error)
+    if len(content) > max_bytes:
+        raise error(f"{where} is larger than {max_bytes >> 20} MiB, which no file of this kind is. Copy it again.")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise error(f"{where} is not a text file. Copy or build it again.") from None
 
 
 def plain(obj: object) -> dict[str, object]:
@@ -101,7 +124,7 @@ class Fields:
         value = self._typed(key, str, "a string")
         if choices is not None and value not in (known := list(choices)):
             near = did_you_mean(value, known)
-            self.fail(f'"{key}" is "{value}", but must be one of {", ".join(known)}.{near}')
+            self.fail(f'"{key}" is "{shown(value)}", but must be one of {", ".join(known)}.{near}')
         return value
 
     def boolean(self, key: str, default: bool) -> bool:
@@ -114,6 +137,7 @@ class Fields:
         value = self.raw(key)
         if isinstance(value, bool) or not isinstance(value, int):
             self.fail(f'"{key}" must be an integer, not {_kind(value)}.')
+        self._check_size(key, value)
         if minimum is not None and value < minimum:
             self.fail(f'"{key}" is {value}, but must be at least {minimum}.')
         return value
@@ -154,6 +178,7 @@ class Fields:
         for value in values:
             if isinstance(value, bool) or not isinstance(value, int):
                 self.fail(f'"{key}" must hold integers, not {_kind(value)}.')
+            self._check_size(key, value)
         return tuple(values)
 
     def mapping(self, key: str) -> dict[str, object]:
@@ -162,14 +187,14 @@ class Fields:
 
     def numbers_by_name(self, key: str) -> dict[str, float]:
         """An object whose values are all finite numbers."""
-        return {name: self._number(f"{key}.{name}", value) for name, value in self.mapping(key).items()}
+        return {name: self._number(f"{key}.{shown(name)}", value) for name, value in self.mapping(key).items()}
 
     def texts_by_name(self, key: str) -> dict[str, str]:
         """An object whose values are all strings."""
         found = self.mapping(key)
         texts = {name: value for name, value in found.items() if isinstance(value, str)}
         for name in found.keys() - texts.keys():
-            self.fail(f'"{key}.{name}" must be a string, not {_kind(found[name])}.')
+            self.fail(f'"{key}.{shown(name)}" must be a string, not {_kind(found[name])}.')
         return texts
 
     def child(self, key: str) -> Fields:
@@ -184,12 +209,16 @@ class Fields:
     def children_by_name(self, key: str) -> dict[str, Fields]:
         """An object whose values are all nested records."""
         found = self.mapping(key)
-        return {name: Fields(obj, f"{self.where}: {key}.{name}", self.error) for name, obj in found.items()}
+        return {name: Fields(obj, f"{self.where}: {key}.{shown(name)}", self.error) for name, obj in found.items()}
 
     def done(self) -> None:
         """Refuse keys nobody asked for, naming the nearest one that exists."""
         for key in self._obj.keys() - self._read:
-            self.fail(f'unknown key "{key}".{did_you_mean(key, self._read)}')
+            self.fail(f'unknown key "{shown(key)}".{did_you_mean(key, self._read)}')
+
+    def _check_size(self, key: str, value: int) -> None:
+        if abs(value) > MAX_INTEGER:
+            self.fail(f'"{key}" is beyond {MAX_INTEGER}, the largest integer allowed.')
 
     def _typed(self, key: str, kind: type[T], name: str) -> T:
         value = self.raw(key)

@@ -8,10 +8,12 @@ meter added.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -146,13 +148,34 @@ def local_offset_s(wall_s: float) -> float:
 
 
 def append_record(path: Path, record: SequenceRecord) -> None:
-    """Append one line; other processes may append to the same file."""
+    """Append one line, or none; other processes may append to the same file.
+
+    Raises:
+        UsageError: the file cannot be written, for example since the disk is full.
+    """
     line = json.dumps(record.to_json()).encode() + b"\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    with appending(path) as descriptor:
+        written = os.write(descriptor, line)
+        if written < len(line):  # the disk is full; half a line would spoil the next one
+            os.ftruncate(descriptor, os.lseek(descriptor, 0, os.SEEK_CUR) - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[int]:
+    """Open a log to append to; with nothing done, this says before a sequence runs whether its record can be kept.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
     try:
-        os.write(descriptor, line)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise UsageError(f"the log {path} cannot be written ({error.strerror}). Free space, or give another.") from None
 
 
 def read_records(lines: Iterable[str], where: str) -> tuple[SequenceRecord, ...]:
@@ -162,7 +185,7 @@ def read_records(lines: Iterable[str], where: str) -> tuple[SequenceRecord, ...]
     for number, line in kept:
         try:
             obj = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == kept[-1][0] and not line.endswith("\n"):
                 break
             raise UsageError(f"{where}, line {number} is no JSON. Give the file that `eopc run --log` wrote.") from None

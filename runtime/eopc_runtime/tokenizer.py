@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eopc_runtime.chat import MAX_TEMPLATE_CHARS
 from eopc_runtime.errors import BundleError, MissingExtraError, PromptError
+from eopc_runtime.jsonfields import parse_json, read_json, read_text, shown
+from eopc_runtime.tokenizer_check import MAX_TOKENIZER_BYTES, check_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 _UNFINISHED = "\ufffd"  # what decoders return for a character whose bytes have not all arrived
+_PROBE = "Aa 1,\u00e9\n\U0001f642"  # encoded and decoded once when a tokenizer is opened
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -72,14 +78,17 @@ class Tokenizer:
             raise PromptError(
                 f"the text is not valid UTF-8 at character {error.start}; convert it to UTF-8 first."
             ) from error
-        ids = [int(i) for i in self._backend.encode(text, add_special_tokens=add_special_tokens).ids]
+        with _guarded("the bundle's tokenizer failed on this text"):
+            found = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        ids = [int(i) for i in found]
         if add_special_tokens and self._bos_id is not None and ids[:1] != [self._bos_id]:
             ids.insert(0, self._bos_id)
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        with _guarded("the bundle's tokenizer failed on these ids"):
+            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def detokenizer(self) -> Detokenizer:
         """Return a fresh incremental decoder for one sequence."""
@@ -131,19 +140,44 @@ def _load_backend(path: Path) -> Backend:
         raise MissingExtraError("running a bundle", "tokenizers", "ort") from error
     if not path.is_file():
         raise BundleError(f"{path} is missing; a bundle needs its tokenizer. Build the bundle again.")
+    text = read_text(path, str(path), BundleError, MAX_TOKENIZER_BYTES)
+    check_tokenizer(parse_json(text, str(path), BundleError), str(path))
+    with _silent(), _guarded(f"{path} is not a tokenizer this version can read"):
+        backend = Backend.from_str(text)
+        with suppress(Exception):  # a text it has no tokens for; a panic is none of these
+            backend.decode([*backend.encode(_PROBE).ids, 0], skip_special_tokens=False)
+    return backend
+
+
+@contextmanager
+def _guarded(what: str) -> Iterator[None]:
+    """Turn what the library raises into a BundleError: bare Exception for damage, and panics, which are none."""
     try:
-        return Backend.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for every kind of damage
-        raise BundleError(f"{path} is not a tokenizer this version can read: {error}") from error
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BundleError(f"{what} ({shown(str(error))}). Copy the bundle again, or rebuild it.") from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what native code writes to stderr: the library writes a page for a panic that is reported anyhow."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _load_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BundleError(f"{path} is not valid JSON: {error}") from error
+    config = read_json(path, str(path), BundleError)
     if not isinstance(config, dict):
         raise BundleError(f"{path} must hold a JSON object, not {type(config).__name__}.")
     return config
@@ -165,9 +199,9 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """Return the template of chat_template.jinja, else of the config (a text, or a list with a `default`)."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_text(path, str(path), BundleError, 4 * MAX_TEMPLATE_CHARS)
     value = config.get("chat_template")
     if isinstance(value, list):
-        named = {item["name"]: item["template"] for item in value if isinstance(item, dict) and "name" in item}
-        value = named.get("default")
+        named = [item.get("template") for item in value if isinstance(item, dict) and item.get("name") == "default"]
+        value = named[-1] if named else None
     return value if isinstance(value, str) else None

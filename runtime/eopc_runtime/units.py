@@ -11,7 +11,7 @@ import re
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
 
 from eopc_runtime.errors import BudgetError
-from eopc_runtime.jsonfields import did_you_mean
+from eopc_runtime.jsonfields import did_you_mean, shown
 
 # 1 Wh = 3600 J
 JOULES_PER_UNIT = {
@@ -41,7 +41,7 @@ def parse_budgets(text: str) -> tuple[float, ...]:
         raise BudgetError("The list of budgets is empty. Write energies with units, for example 5,10,20J.")
     items = [item.strip() for item in text.split(",")]
     if not all(items):
-        raise BudgetError(f'"{text}" has an empty item. Write energies with units, for example 5,10,20J.')
+        raise BudgetError(f'"{shown(text)}" has an empty item. Write energies with units, for example 5,10,20J.')
     parts = [_split(item) for item in items]
     units = [unit for _, unit in parts if unit]
     shared = units[-1] if units else "J"
@@ -51,7 +51,7 @@ def parse_budgets(text: str) -> tuple[float, ...]:
         budgets.insert(0, _joules(item, number, shared))
     for i, joules in enumerate(budgets):
         if joules in budgets[:i]:
-            raise BudgetError(f'"{text}" names {format_energy(joules)} twice. Write every budget once.')
+            raise BudgetError(f'"{shown(text)}" names {format_energy(joules)} twice. Write every budget once.')
     return tuple(budgets)
 
 
@@ -66,11 +66,11 @@ def format_energy(joules: float, round_up: bool = False) -> str:
     rounded = value.quantize(Decimal(1).scaleb(value.adjusted() - 2), rounding=rounding)
     size = abs(rounded)
     unit = "mJ" if size < 1 else "J" if size < 1000 else "kJ"
-    shown = rounded / JOULES_PER_UNIT[unit]
-    if Decimal("0.001") <= abs(shown) < Decimal(1_000_000):
-        digits = f"{shown:f}"
+    rounded = rounded / JOULES_PER_UNIT[unit]
+    if Decimal("0.001") <= abs(rounded) < Decimal(1_000_000):
+        digits = f"{rounded:f}"
         return f"{digits.rstrip('0').rstrip('.') if '.' in digits else digits} {unit}"
-    return f"{shown.normalize():E} {unit}"
+    return f"{rounded.normalize():E} {unit}"
 
 
 def _split(text: str) -> tuple[Decimal, str]:
@@ -80,18 +80,18 @@ def _split(text: str) -> tuple[Decimal, str]:
         raise BudgetError(f"The energy is empty. {_EXAMPLE}.")
     match = _QUANTITY.fullmatch(stripped)
     if match is None:
-        raise BudgetError(f'"{text}" is not an energy. {_EXAMPLE}.')
+        raise BudgetError(f'"{shown(text)}" is not an energy. {_EXAMPLE}.')
     return Decimal(match[1]), (match[2] or "").strip()
 
 
 def _joules(text: str, number: Decimal, unit: str) -> float:
     joules = float(number * _scale(text, unit))
     if number < 0:
-        raise BudgetError(f'"{text}" is a negative energy. {_EXAMPLE}.')
+        raise BudgetError(f'"{shown(text)}" is a negative energy. {_EXAMPLE}.')
     if joules == 0:
-        raise BudgetError(f'"{text}" is no energy at all, and a sequence needs some. {_EXAMPLE}.')
+        raise BudgetError(f'"{shown(text)}" is no energy at all, and a sequence needs some. {_EXAMPLE}.')
     if not math.isfinite(joules):
-        raise BudgetError(f'"{text}" is too large an energy. {_EXAMPLE}.')
+        raise BudgetError(f'"{shown(text)}" is too large an energy. {_EXAMPLE}.')
     return joules
 
 
@@ -103,4 +103,13 @@ def _scale(text: str, unit: str) -> Decimal:
     known = ", ".join(JOULES_PER_UNIT)
     milli = f"m{unit[1:]}"  # MJ reads as mega, which eopc leaves out lest it be meant as milli
     near = f' Did you mean "{milli}"?' if milli in JOULES_PER_UNIT else did_you_mean(unit, JOULES_PER_UNIT)
-    raise BudgetError(f'"{text}" has the unknown unit "{unit}"; eopc knows {known}.{near} {_EXAMPLE}.')
+    raise BudgetError(f'"{shown(text)}" has the unknown unit "{shown(unit)}"; eopc knows {known}.{near} {_EXAMPLE}.')
+
+
+def format_bytes(count: float) -> str:
+    """Return a size for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")

@@ -26,6 +26,7 @@ from eopc_compiler.parity import without_rounded_inputs
 from eopc_compiler.tracing import Target, trace
 from eopc_compiler.weights import WeightReader
 from eopc_runtime.cpu_features import int8_products_overflow
+from eopc_runtime.graph_check import read_graph
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -274,6 +275,13 @@ def test_only_standard_operators_of_the_dialects_opset(ladder: Ladder) -> None:
         assert ("DequantizeLinear" in ops) == (ladder.kind[2] not in ("fp32", "fp16"))
         # q/k/v in one, gate, up: each with a pair of its own, which is what runtimes fuse
         assert ops.count("QuantizeLinear") == (3 * layers if ladder.kind[2] == "int8-static" else 0)
+
+
+@pytest.mark.parametrize("tier", [0, 1], ids=["t0", "t1"])
+def test_the_runtime_lets_every_exported_graph_in(ladder: Ladder, tier: int) -> None:
+    """What a bundle's graph may hold includes all that is exported, and its tensors fill no file twice."""
+    name = f"tiers/t{tier}/model.onnx"
+    read_graph(ladder.root, name, {"weights.bin": (ladder.root / "weights.bin").stat().st_size})
 
 
 def test_inputs_and_outputs_are_the_contracts(ladder: Ladder) -> None:

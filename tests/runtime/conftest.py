@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from eopc_runtime.bundle import Bundle, file_entry
+from eopc_runtime.bundle import Bundle
+from eopc_runtime.bundle_files import file_entry
 from eopc_runtime.calibration.calibrate import Rig
 from eopc_runtime.calibration.conditions import Place
 from eopc_runtime.energy import EnergyTable, TierEnergy
@@ -233,6 +234,10 @@ def write_bundle(path: Path) -> None:
     for name in names:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(name)
+    for i in range(3):
+        kept = [{"source_layer": n, "kv_groups": [0, 1], "ffn_channels": list(range(64 >> i))} for n in range(3)]
+        mask = {"schema": 1, "tier": f"t{i}", "layers": kept}
+        (path / f"tiers/t{i}/mask.json").write_text(json.dumps(mask))
     tiers = tuple(TierEnergy(f"t{i}", 0.1, 0.01, 0.0, 0.5 - i / 10, 0.001, 0.001, "prior") for i in range(3))
     byte_backend().save(str(path / "tokenizer/tokenizer.json"))
     (path / "energy.json").write_text(json.dumps(EnergyTable("orin", "prior", 0.0, tiers).to_json()))

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 
-from eopc_runtime.bundle import Bundle, FileEntry, Manifest, file_entry, sha256_file
+from eopc_runtime.bundle import Bundle, Manifest
+from eopc_runtime.bundle_files import FileEntry, file_entry, sha256_file
 from eopc_runtime.energy import EnergyTable, TierEnergy
 from eopc_runtime.errors import BundleError
 

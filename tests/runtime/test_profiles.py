@@ -103,10 +103,12 @@ def test_cpu_is_a_proxy_without_fp16():
     assert any("assumed" in note for note in cpu.notes)
 
 
-def test_only_the_cpu_rounds_normed_inputs():
-    """Static int8 inputs are asked for where they were measured to pay, and nowhere else."""
-    rounding = [(p.name, name) for p in list_profiles() for name, entry in p.precisions.items() if entry.static_inputs]
-    assert rounding == [("cpu", "int8"), ("cpu", "int4")]
+def test_only_the_cpu_and_products_of_8_bit_floats_round_normed_inputs():
+    """Static int8 inputs are asked for where they were measured to pay; fp8 is for GPUs that multiply it, with them."""
+    rounding = {(p.name, name) for p in list_profiles() for name, entry in p.precisions.items() if entry.static_inputs}
+    floats = {(p.name, "fp8") for p in list_profiles() if "fp8" in p.precisions}
+    assert rounding == {("cpu", "int8"), ("cpu", "int4")} | floats
+    assert {name for name, _ in floats} == {"h100", "rtx-4090", "rtx-5090", "thor"}
     wrong = json.loads(shipped_texts()["cpu"])
     wrong["precisions"]["int8"]["static_inputs"] = "yes"
     with pytest.raises(DeviceError, match='"static_inputs" must be true or false, not a string'):

@@ -154,7 +154,7 @@ def test_missing_and_damaged_files_are_bundle_errors(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"tokenizer\.json is missing"):
         Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer"):
+    with pytest.raises(BundleError, match=r"tokenizer\.json is not valid JSON"):
         Tokenizer.open(tmp_path)
     saved(tmp_path, byte_level())
     (tmp_path / "tokenizer_config.json").write_text("[]")

@@ -83,6 +83,8 @@ def build_engines(args: EngineArgs, say: Say, tick: Say, run: Callable[..., JobR
     infos = [bundle.tier(name) for name in args.tiers] or list(bundle.manifest.tiers)
     target = resolve_target(args.device or bundle.manifest.device, args.proxy)
     check_target(target, bundle.manifest.dialect, bundle.manifest.precision)
+    for graph in (path for info in infos for path in info.graphs):
+        bundle.graph(graph)  # refuses what no bundle's graph may do, before anything else reads it
     settings = choose_settings(bundle.manifest, args)
     check_graphs(bundle, infos, target, settings)
     say(f"building {', '.join(i.tier for i in infos)} with {target.title}")

@@ -14,15 +14,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from eopc_runtime.bundle import (
-    ENERGY_NAME,
-    MANIFEST_NAME,
-    NEXT_ENERGY_NAME,
-    Bundle,
-    FileEntry,
-    Manifest,
-    finish_publication,
-)
+from eopc_runtime.bundle import ENERGY_NAME, MANIFEST_NAME, Bundle, Manifest
+from eopc_runtime.bundle_files import NEXT_ENERGY_NAME, FileEntry, finish_publication
 from eopc_runtime.energy import EnergyTable
 from eopc_runtime.files import write_synced
 
@@ -41,9 +34,9 @@ def publish_steps(bundle: Bundle, table: EnergyTable) -> Iterator[str]:
     root = bundle.root
     prices = (json.dumps(table.to_json(), indent=1) + "\n").encode()
     manifest = priced_manifest(bundle.manifest, table, prices)
-    write_synced(root / NEXT_ENERGY_NAME, prices)
+    _write_beside(root / NEXT_ENERGY_NAME, prices)
     yield "wrote the new prices beside the old ones"
-    write_synced(root / NEXT_MANIFEST_NAME, (json.dumps(manifest.to_json(), indent=1) + "\n").encode())
+    _write_beside(root / NEXT_MANIFEST_NAME, (json.dumps(manifest.to_json(), indent=1) + "\n").encode())
     yield "wrote the new manifest beside the old one"
     (root / NEXT_MANIFEST_NAME).replace(root / MANIFEST_NAME)
     sync_folder(root)
@@ -67,6 +60,15 @@ def priced_manifest(manifest: Manifest, table: EnergyTable, energy_json: bytes) 
     )
     files = tuple(entry if old.path == ENERGY_NAME else old for old in manifest.files)
     return replace(manifest, tiers=tiers, files=files)
+
+
+def _write_beside(path: Path, content: bytes) -> None:
+    """Write a file that will take another's place, or none: a full disk is not filled further by half of it."""
+    try:
+        write_synced(path, content)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -16,7 +16,7 @@ import click
 from eopc_runtime.cli.machine import machine_info, peak_rss_bytes, usable_cores, versions
 from eopc_runtime.cli.meters import runner_name
 from eopc_runtime.cli.output import Progress, format_bytes, print_json, print_table
-from eopc_runtime.cli.runners import runner_option, show_notes
+from eopc_runtime.cli.runners import THREADS, runner_option, show_notes
 
 if TYPE_CHECKING:
     from eopc_runtime.session import Session
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     help="Timed runs after one to warm up.",
 )
 @runner_option
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: onnxruntime's choice]")
+@click.option("--threads", type=THREADS, help="CPU threads. [default: onnxruntime's choice]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(
     bundle: str,

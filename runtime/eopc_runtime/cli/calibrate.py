@@ -10,7 +10,7 @@ import click
 
 from eopc_runtime.cli.meters import meter_options
 from eopc_runtime.cli.output import Progress, print_json, print_table
-from eopc_runtime.cli.runners import runner_option, show_notes
+from eopc_runtime.cli.runners import THREADS, runner_option, show_notes
 
 if TYPE_CHECKING:
     from eopc_runtime.calibration.calibrate import Outcome
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     help="Pause above it. [default: 5 C below the device's own limits]",
 )
 @runner_option
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: onnxruntime's choice]")
+@click.option("--threads", type=THREADS, help="CPU threads. [default: onnxruntime's choice]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which lengths, and in which order.")
 @click.option("--no-resume", is_flag=True, help="Measure everything anew, also what an interrupted run has measured.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from eopc_runtime.cli.output import print_json, print_table
+from eopc_runtime.cli.runners import TOKENS
 
 if TYPE_CHECKING:
     from eopc_runtime.profiles import Constant, DeviceProfile
@@ -24,10 +25,8 @@ _COLUMNS = {
 
 @click.command()
 @click.argument("name", required=False)
-@click.option(
-    "--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Prompt of J per token."
-)
-@click.option("--new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Answer of J per token.")
+@click.option("--prompt-tokens", type=TOKENS, default=512, show_default=True, help="Prompt of J per token.")
+@click.option("--new-tokens", type=TOKENS, default=256, show_default=True, help="Answer of J per token.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with the source of every constant.")
 def devices(name: str | None, prompt_tokens: int, new_tokens: int, as_json: bool) -> None:
     """List the devices eopc can price energy for, or show all that is known of the device NAME.

@@ -17,13 +17,13 @@ from eopc_runtime.cli.machine import (
     board_model,
     cpu_model,
     installed,
-    memory_bytes,
     read_text,
     usable_cores,
     versions,
 )
 from eopc_runtime.cli.output import format_bytes, print_json
 from eopc_runtime.gpu_probe import probe_gpu
+from eopc_runtime.memory import memory_bytes
 
 if TYPE_CHECKING:
     from eopc_runtime.power.probe import Surroundings

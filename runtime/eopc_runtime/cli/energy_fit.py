@@ -66,6 +66,7 @@ def fit(
     from eopc_runtime.energy_model.groups import GroupFit, coefficients_json, compare_forms, fit_group
     from eopc_runtime.energy_model.rows import read_measurements
     from eopc_runtime.errors import UsageError
+    from eopc_runtime.files import write_output
 
     columns = columns_of(by)
     measured = read_measurements(csv, columns, min_new_tokens)
@@ -80,7 +81,7 @@ def fit(
     if output is not None:
         from json import dumps
 
-        output.write_text(dumps(coefficients_json(fits), indent=1) + "\n", encoding="utf-8")
+        write_output(output, (dumps(coefficients_json(fits), indent=1) + "\n").encode())
     content = describe(csv, columns, results, measured.left_out, compared)
     if as_json:
         print_json(content)

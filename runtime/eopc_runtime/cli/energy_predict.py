@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from eopc_runtime.cli.output import print_json, print_table
+from eopc_runtime.cli.runners import TOKENS
 
 if TYPE_CHECKING:
     from eopc_runtime.energy_model.sources import Prediction, Priced
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--prompt-tokens", type=click.IntRange(min=1), required=True, help="Tokens of the prompt.")
-@click.option("--new-tokens", type=click.IntRange(min=1), required=True, help="Tokens to generate.")
+@click.option("--prompt-tokens", type=TOKENS, required=True, help="Tokens of the prompt.")
+@click.option("--new-tokens", type=TOKENS, required=True, help="Tokens to generate.")
 @click.option("--key", metavar="NAME", help="Only this tier of a bundle, or this group of a fit. [default: all]")
 @click.option("--budget", metavar="ENERGY", help="Also say how many new tokens this energy affords.")
 @click.option("--strict", is_flag=True, help="Refuse lengths that were not measured, instead of marking the answer.")

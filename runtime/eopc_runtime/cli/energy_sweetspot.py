@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from eopc_runtime.cli.output import print_json, print_table
+from eopc_runtime.cli.runners import TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--by", metavar="COL,COL", default="", help="For a CSV: fit apart for every value of these columns.")
 @click.option("--key", metavar="NAME", help="Only this tier of a bundle, or this group. [default: the cheapest]")
-@click.option("--prompt-tokens", type=click.IntRange(min=1), help="The prompt length to advise on. [default: middle]")
+@click.option("--prompt-tokens", type=TOKENS, help="The prompt length to advise on. [default: middle]")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Also draw it into this SVG file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def sweetspot(
@@ -34,11 +35,12 @@ def sweetspot(
     """
     from eopc_runtime.cli.energy_fit import columns_of
     from eopc_runtime.energy_model.sources import choose, load_priced
+    from eopc_runtime.files import write_output
 
     items = choose(load_priced(source, columns_of(by)), key)
     content, best, spots = describe(source, items, prompt_tokens)
     if plot is not None:
-        plot.write_text(_picture(best, spots), encoding="utf-8")
+        write_output(plot, _picture(best, spots).encode())
     if as_json:
         print_json(content)
         return

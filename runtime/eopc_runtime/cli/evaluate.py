@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from eopc_runtime.cli.output import Progress, print_json, print_table
-from eopc_runtime.cli.runners import runner_option, show_notes
+from eopc_runtime.cli.runners import THREADS, runner_option, show_notes
 
 if TYPE_CHECKING:
     from eopc_runtime.evaluation.choices import TaskScore
@@ -56,7 +56,7 @@ Answers = Mapping[str, Mapping[str, "TaskScore"]]  # by tier, then by task
     help="Also compare every tier's predictions on the texts with t0's: divergence and the same most likely token.",
 )
 @runner_option
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: onnxruntime's choice]")
+@click.option("--threads", type=THREADS, help="CPU threads. [default: onnxruntime's choice]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     bundle: str,

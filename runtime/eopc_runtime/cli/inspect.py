@@ -15,29 +15,37 @@ if TYPE_CHECKING:
     from eopc_runtime.bundle import Bundle, TierInfo
     from eopc_runtime.energy import EnergyTable
     from eopc_runtime.engines import EngineRecord
+    from eopc_runtime.signature import Signature
 
 
 @click.command()
 @click.argument("path", metavar="BUNDLE", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(path: str, as_json: bool) -> None:
-    """Show the tiers, files and engines of BUNDLE, and verify every file's size and sha256.
+    """Show the tiers, files, engines and signature of BUNDLE, and verify every file's size and sha256.
 
     Exits with 1 and the reason when a file is missing or damaged.
     """
     from eopc_runtime.bundle import Bundle
     from eopc_runtime.engines import verify_engines
+    from eopc_runtime.signature import read_signature
 
     bundle = Bundle.open(path, verify=True)
+    for tier in bundle.manifest.tiers:
+        bundle.mask(tier)
     engines = verify_engines(bundle)
+    signature = read_signature(bundle.root)
     if as_json:
-        print_json(describe(bundle, engines))
+        print_json(describe(bundle, engines, signature))
     else:
         _print(bundle)
+        click.echo(_signed(bundle, signature))
         _print_engines(engines)
 
 
-def describe(bundle: Bundle, engines: Mapping[str, tuple[EngineRecord, ...]]) -> dict[str, Any]:
+def describe(
+    bundle: Bundle, engines: Mapping[str, tuple[EngineRecord, ...]], signature: Signature | None
+) -> dict[str, Any]:
     """Return the JSON object of `eopc inspect --json`; bundle and engines are verified already."""
     manifest = bundle.manifest
     prices = {tier.tier: asdict(tier) for tier in bundle.energy.tiers}
@@ -65,11 +73,19 @@ def describe(bundle: Bundle, engines: Mapping[str, tuple[EngineRecord, ...]]) ->
         "engines": [
             {"key": key, **asdict(record), "target": record.target} for key, rows in engines.items() for record in rows
         ],
+        "signature": None if signature is None else {"key": signature.fingerprint},
         "eopc_version": manifest.eopc_version,
         "tools": dict(manifest.tools),
         "seed": manifest.seed,
         "calibration": dict(manifest.calibration),
     }
+
+
+def _signed(bundle: Bundle, signature: Signature | None) -> str:
+    """Return whether the bundle carries a signature; without the signer's key nothing is said of its worth."""
+    if signature is None:
+        return "not signed"
+    return f"signed with key {signature.fingerprint}; to check it: eopc verify {bundle.root} --key FILE"
 
 
 def _print(bundle: Bundle) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eopc_runtime import __version__
+from eopc_runtime.memory import memory_bytes
 
 
 def machine_info(root: Path = Path("/")) -> dict[str, Any]:
@@ -60,16 +61,6 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def memory_bytes(root: Path = Path("/")) -> dict[str, int | None]:
-    """Return MemTotal, MemAvailable and SwapFree in bytes, None where /proc does not tell."""
-    found: dict[str, int | None] = {"MemTotal": None, "MemAvailable": None, "SwapFree": None}
-    for line in (read_text(root / "proc/meminfo") or "").splitlines():
-        key, _, value = line.partition(":")
-        if key in found:
-            found[key] = int(value.split()[0]) * 1024
-    return found
 
 
 def peak_rss_bytes() -> int:

@@ -45,6 +45,9 @@ COMMANDS = {
     "report": Entry("eopc_runtime.cli.report", "report", "Write a page about a bundle, for a person to look at."),
     "energy": Entry("eopc_runtime.cli.energy", "energy", "Measure, model and predict joules."),
     "devices": Entry("eopc_runtime.cli.devices", "devices", "List the device profiles and their constants."),
+    "keygen": Entry("eopc_runtime.cli.signature", "keygen", "Make a key to sign bundles with."),
+    "sign": Entry("eopc_runtime.cli.signature", "sign", "Sign a bundle."),
+    "verify": Entry("eopc_runtime.cli.signature", "verify", "Check that a bundle is what was signed."),
     "doctor": Entry("eopc_runtime.cli.doctor", "doctor", "Report what this machine has and lacks, with fixes."),
 }
 
@@ -53,6 +56,7 @@ EXTRAS = {
     **dict.fromkeys(("onnxruntime",), "ort"),
     **dict.fromkeys(("pynvml",), "nvml"),
     **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), "serve"),
+    **dict.fromkeys(("cryptography",), "sign"),
     **dict.fromkeys(
         ("torch", "transformers", "safetensors", "huggingface_hub", "onnx", "onnxscript", "onnx_ir", "gguf"),
         "compiler",

@@ -10,6 +10,8 @@ from typing import Any, TextIO
 
 import click
 
+from eopc_runtime.units import format_bytes as format_bytes  # commands look for it here
+
 
 def print_json(value: dict[str, Any]) -> None:
     """Write exactly one JSON object to stdout; numbers that JSON does not know become null."""
@@ -23,15 +25,6 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for line in lines:
         cells = [line[0].ljust(widths[0]), *[c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]]
         click.echo("  ".join(cells).rstrip())
-
-
-def format_bytes(count: float) -> str:
-    """Return a size for people, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
 
 
 class Progress:

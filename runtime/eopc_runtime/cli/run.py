@@ -10,7 +10,7 @@ import click
 
 from eopc_runtime.cli.meters import meter_options
 from eopc_runtime.cli.output import print_json
-from eopc_runtime.cli.runners import runner_option, show_notes
+from eopc_runtime.cli.runners import THREADS, runner_option, show_notes
 
 if TYPE_CHECKING:
     from eopc_runtime.sampling import SamplingParams
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     "--log", type=click.Path(path_type=Path), metavar="FILE", help="Append times and joules to it, for `eopc validate`."
 )
 @runner_option
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: onnxruntime's choice]")
+@click.option("--threads", type=THREADS, help="CPU threads. [default: onnxruntime's choice]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 def run(
     bundle: str,
@@ -101,7 +101,7 @@ def run(
     from eopc_runtime.calibration.identity import fingerprint
     from eopc_runtime.cli.meters import meter_of_run, prices_here
     from eopc_runtime.errors import UsageError
-    from eopc_runtime.sequence_record import SequenceRecord, append_record
+    from eopc_runtime.sequence_record import SequenceRecord, append_record, appending
     from eopc_runtime.session import Session
     from eopc_runtime.units import parse_energy
 
@@ -134,6 +134,9 @@ def run(
             strict=strict,
             safety=safety,
         )
+        if log is not None:
+            with appending(log):
+                pass
         for event in generation:
             if not as_json:
                 click.echo(event.text, nl=False)

@@ -1,4 +1,4 @@
-"""The --runner option, the same for every command that runs a bundle."""
+"""The --runner option and the types of others, the same for every command that runs a bundle."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import click
 
 from eopc_runtime.runners.choose import RUNNERS
 
+THREADS = click.IntRange(1, 1024)
+TOKENS = click.IntRange(1, 1_000_000_000)  # far beyond any sequence, and still a number for every formula
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -11,7 +11,7 @@ import click
 
 from eopc_runtime.cli.meters import meter_options
 from eopc_runtime.cli.output import Progress, print_json, print_table
-from eopc_runtime.cli.runners import runner_option
+from eopc_runtime.cli.runners import THREADS, runner_option
 
 if TYPE_CHECKING:
     from eopc_runtime.bundle import Bundle
@@ -66,7 +66,7 @@ class Report:
 @meter_options("auto", text="Live: what measures the energy. [default: auto]")
 @click.option("--sequences", type=click.IntRange(min=1), default=20, show_default=True, help="Live: how many to run.")
 @runner_option
-@click.option("--threads", type=click.IntRange(min=1), help="Live: CPU threads. [default: onnxruntime's choice]")
+@click.option("--threads", type=THREADS, help="Live: CPU threads. [default: onnxruntime's choice]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Live: which plans and lengths.")
 @click.option(
     "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Write an SVG, predicted against measured."
@@ -88,6 +88,7 @@ def validate(
     """
     from eopc_runtime.bundle import Bundle
     from eopc_runtime.errors import UsageError
+    from eopc_runtime.files import write_output
     from eopc_runtime.validation.compare import summarise
     from eopc_runtime.validation.plot import validation_svg
 
@@ -102,7 +103,7 @@ def validate(
     if plot is not None:
         title = f"{bundle.manifest.model.name}: predicted and measured joules"
         note = f"{bundle.energy.source} prices, measured by {report.meter}"
-        plot.write_text(validation_svg(title, note, report.checked, summary), encoding="utf-8")
+        write_output(plot, validation_svg(title, note, report.checked, summary).encode())
     if as_json:
         print_json(describe(report, summary))
     else:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from eopc_runtime.energy_model.folds import Samples
 from eopc_runtime.errors import UsageError
-from eopc_runtime.jsonfields import did_you_mean
+from eopc_runtime.jsonfields import did_you_mean, shown
 
 REQUIRED = ("n_in", "n_out", "energy_j")
 # Energies of different values here belong to different fits.
@@ -27,6 +27,7 @@ IDENTITY = (
     *("source", "device", "module", "rails", "meter", "power_mode", "mode", "clocks", "l4t"),
     *("model", "engine", "quant", "precision", "runner", "tier"),
 )
+MAX_CSV_BYTES = 64 << 20  # unpacked; some 500,000 rows
 SHORT_S = 2.0  # a shorter window cannot be measured well by a sensor of 10 Hz
 GOOD_S = 5.0
 _TRUE = {"true", "1", "yes"}
@@ -81,12 +82,17 @@ def read_measurements(path: Path, by: Sequence[str] = (), min_new_tokens: int = 
 def _lines(path: Path, by: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
     """Return the lines with their numbers, after checking the header."""
     try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if zipped else path.open("rb") as file:
+            raw = file.read(MAX_CSV_BYTES + 1)
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror or error}).") from None
     except (EOFError, UnicodeDecodeError, zlib.error):
         raise UsageError(f"{path} is not a text file. Give a CSV file, plain or gzipped.") from None
+    if len(raw) > MAX_CSV_BYTES:
+        raise UsageError(f"{path} holds more than {MAX_CSV_BYTES >> 20} MiB of text. Split it, or leave columns out.")
     reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
         columns = [name.strip() for name in reader.fieldnames or ()]
@@ -123,9 +129,11 @@ def _row(path: Path, line: int, texts: dict[str, str], left_out: Counter[str]) -
 
 def _number(path: Path, line: int, name: str, text: str) -> float:
     try:
-        return float(text)
+        if text.isascii() and "_" not in text:  # Python reads other digits, and 1_0, as well
+            return float(text)
     except ValueError:
-        raise UsageError(f'{path}, line {line}: {name} is "{text}", which is no number.') from None
+        pass
+    raise UsageError(f'{path}, line {line}: {name} is "{shown(text)}", which is no number.')
 
 
 def _group(by: dict[str, str], rows: list[_Row], left_out: Counter[str]) -> Group:
@@ -137,8 +145,8 @@ def _group(by: dict[str, str], rows: list[_Row], left_out: Counter[str]) -> Grou
     for column in IDENTITY:
         values = {row.texts[column].strip() for row in rows if column in row.texts}
         if column not in by and len(values) > 1:
-            shown = ", ".join([*sorted(values)[:3], *(["..."] if len(values) > 3 else [])])
-            warnings.append(f"mixes {len(values)} values of {column} ({shown}); fit them apart with --by {column}")
+            some = ", ".join([*sorted(values)[:3], *(["..."] if len(values) > 3 else [])])
+            warnings.append(f"mixes {len(values)} values of {column} ({some}); fit them apart with --by {column}")
     coarse = _coarse_sampling(rows)
     if coarse:
         warnings.append(coarse)

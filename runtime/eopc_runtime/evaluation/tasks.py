@@ -48,7 +48,7 @@ def read_task(option: str, limit: int | None = None) -> Task:
         near = did_you_mean(name, READERS)
         raise UsageError(
             f'--task "{option}" is not NAME=FILE[,LABELS] with a name of {", ".join(READERS)}.{near} '
-            "For example: --task piqa=valid.jsonl,valid-labels.lst"
+            "Give one as in --task piqa=valid.jsonl,valid-labels.lst."
         )
     file, _, labels_file = (rest, "", "") if Path(rest).is_file() else rest.partition(",")
     lines = _lines(Path(file))[:limit]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 
 from eopc_runtime.errors import DeviceError, UsageError
-from eopc_runtime.jsonfields import did_you_mean
+from eopc_runtime.jsonfields import did_you_mean, shown
 from eopc_runtime.power.integrate import MAX_GAP_PERIODS, Integral, Sample, integrate
 from eopc_runtime.power.rails import Candidate, RailRule, asked_for, candidates, choose
 from eopc_runtime.power.tegrastats_line import Line, guess_release, parse_line
@@ -171,7 +171,8 @@ def _require_rails(lines: Sequence[Line], skipped: int, rails: Sequence[str]) ->
     for name in rails:
         if name not in seen:
             raise DeviceError(
-                f'the log has no rail "{name}".{did_you_mean(name, seen)} It has {", ".join(sorted(seen))}.'
+                f'the log has no rail "{shown(name)}".{did_you_mean(name, seen)} '
+                f"It has {shown(', '.join(sorted(seen)))}."
             )
 
 

@@ -19,12 +19,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eopc_runtime.bundle import Bundle, Manifest, TierInfo
+from eopc_runtime.bundle import Bundle, TierInfo
 from eopc_runtime.cpu_features import int8_products_overflow
 from eopc_runtime.errors import BundleError, MissingExtraError
-from eopc_runtime.memory import release_memory
+from eopc_runtime.jsonfields import shown
+from eopc_runtime.memory import left_bytes, release_memory
 from eopc_runtime.runners.base import Logits, Wanted, adoption, causal_mask, check_room
+from eopc_runtime.runners.fit import require_fit, require_room, tier_bytes, weight_bytes
 from eopc_runtime.runners.ort_selector import Chosen, Selector, bind_energies
+from eopc_runtime.runners.ort_session import check_interface, check_selector, execute
 
 GROWTH = 128  # slots a cache grows by; each growth copies the used part once
 PREFILL_CHUNK = 256  # tokens; attention of a chunk reads the cache up to its end only, so causality saves work
@@ -90,7 +93,7 @@ class OrtTier:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(bundle.root.resolve())
         )
-        graph = exact or bundle.path(info.graph).read_bytes()
+        graph = exact or bundle.graph(info.graph)
         self.in_floating_point = (
             not providers and manifest.precision != "fp8" and rounds_inputs(graph) and int8_products_overflow()
         )
@@ -102,7 +105,7 @@ class OrtTier:
                 return ort.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises many types; none means anything to a user
                 raise BundleError(
-                    f"ONNX Runtime {ort.__version__} cannot load {path}: {str(error).splitlines()[0][:200]} "
+                    f"ONNX Runtime {ort.__version__} cannot load {path}: {shown(str(error).strip())} "
                     f"This graph needs opset {manifest.opset}; upgrade onnxruntime or rebuild the bundle."
                 ) from error
 
@@ -110,18 +113,19 @@ class OrtTier:
         check_interface(self._session, manifest, info, info.graph)
         self._prompt_session: Any = None
         if info.prefill is not None:
-            prompt = exact_prefill or bundle.path(info.prefill.graph).read_bytes()
+            prompt = exact_prefill or bundle.graph(info.prefill.graph)
             self._prompt_session = load(info.prefill.graph, prompt)
             check_interface(self._prompt_session, manifest, info, info.prefill.graph)
             self._prompt_outputs = frozenset(x.name for x in self._prompt_session.get_outputs())
         self._selector: Selector | None = None
         if info.selector is not None:
-            gather = load(info.selector.graph, bundle.path(info.selector.graph).read_bytes())
+            gather = load(info.selector.graph, bundle.graph(info.selector.graph))
             check_selector(self._session, gather, manifest, info)
             self._selector = Selector(gather, self.device)
         release_memory()  # loading leaves unpacked copies behind: on a 135M model 60 to 90 MB of 330
         self._ort = ort
         self.mark = object()  # tells this loading of the tier from another: bindings are of one of them
+        self._manifest, self._info = manifest, info
         self.tier, self._layers, self._context = info.tier, info.layers, manifest.context
         self._ladder = {t.tier: t.layers for t in manifest.tiers}
         self._head_dim, self._vocab = manifest.model.head_dim, manifest.model.vocab_size
@@ -178,7 +182,7 @@ class OrtTier:
         bind_weights(binding, cache)
         binding.bind_cpu_input("logits_index", np.asarray(wanted, dtype=np.int64))
         binding.bind_output("logits")
-        self._session.run_with_iobinding(binding)
+        execute(self._session, binding, self.tier)
         cache.length += len(tokens)
         outputs: list[Any] = binding.get_outputs()  # in binding order: logits last
         return outputs[-1].numpy()[0]  # type: ignore[no-any-return]
@@ -189,7 +193,7 @@ class OrtTier:
         if self._selector is not None:
             cache.chosen = cache.chosen or self._selector.begin(self._buffer)
             bind_energies(binding, cache.chosen.energies, self._prompt_outputs, self._shared)
-        self._prompt_session.run_with_iobinding(binding)
+        execute(self._prompt_session, binding, self.tier)
         cache.length += len(tokens)
 
     def _choose(self, cache: OrtCache, selector: Selector) -> None:
@@ -220,7 +224,7 @@ class OrtTier:
             step = cache.decode_binding = _DecodeBinding.create(self, cache)
         step.ids[0, 0], step.positions[0, 0], step.write[0] = token, cache.length, cache.length
         step.mask[..., : cache.length + 1] = 0.0
-        self._session.run_with_iobinding(step.binding)
+        execute(self._session, step.binding, self.tier)
         cache.length += 1
         return step.logits[0]  # type: ignore[no-any-return]
 
@@ -240,6 +244,7 @@ class OrtTier:
         if length <= cache.capacity:
             return
         capacity = min(-(-length // GROWTH) * GROWTH, self._context)
+        require_room(self._manifest, self._info, capacity, left_bytes())
         for buffers in (cache.keys, cache.values):
             grown = []
             for i, layer in enumerate(self._layers):
@@ -316,9 +321,10 @@ class OrtPool:
     def __init__(self, bundle: Bundle, threads: int | None = None, max_resident_bytes: int | None = None) -> None:
         self._bundle, self._threads = bundle, threads
         self._loaded: OrderedDict[str, OrtTier] = OrderedDict()
-        self._bytes = {t.tier: resident_bytes(t) for t in bundle.manifest.tiers}
+        self._bytes = {t.tier: weight_bytes(t) for t in bundle.manifest.tiers}
         largest = max(t.cost.weight_bytes for t in bundle.manifest.tiers)
         self._limit = max_resident_bytes or int(RESIDENT_FACTOR * largest)
+        self._require(min(bundle.manifest.tiers, key=lambda t: tier_bytes(bundle.manifest, t, GROWTH)))
 
     def get(self, tier: str) -> OrtTier:
         """The runner of a tier; least recently used tiers are let go *before* a new one is loaded."""
@@ -327,12 +333,20 @@ class OrtPool:
             info = self._bundle.tier(tier)
             while self._loaded and sum(map(self._bytes.__getitem__, (*self._loaded, tier))) > self._limit:
                 self._loaded.popitem(last=False)
+            self._require(info)
             runner = self._loaded[tier] = self._load(info)
         self._loaded.move_to_end(tier)
         return runner
 
     def _load(self, info: TierInfo) -> OrtTier:
         return OrtTier(self._bundle, info, self._threads)
+
+    def _require(self, info: TierInfo) -> None:
+        """Refuse a tier that does not fit; whatever is freed only by the collector is freed first."""
+        left = left_bytes()
+        if left is not None and tier_bytes(self._bundle.manifest, info, GROWTH) > left:
+            release_memory()
+        require_fit(self._bundle.manifest, info, GROWTH, left_bytes())
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -356,55 +370,9 @@ def bind_weights(binding: Any, cache: OrtCache) -> None:
         binding.bind_ortvalue_input(name, value)
 
 
-def resident_bytes(info: TierInfo) -> int:
-    """Weights a loaded tier holds, those of a prefill graph of its own included."""
-    return info.cost.weight_bytes + (info.cost.prefill.weight_bytes if info.cost.prefill else 0)
-
-
 def rounds_inputs(graph: bytes) -> bool:
     """Whether a serialised graph rounds what its matrices read: it has QuantizeLinear, whose name is in clear."""
     return b"QuantizeLinear" in graph
-
-
-def check_interface(session: Any, manifest: Manifest, info: TierInfo, graph: str) -> None:
-    """Compare the caches and logits of a loaded graph with what the manifest says of the tier.
-
-    Raises:
-        BundleError: they differ, so buffers made after the manifest would not fit the graph.
-    """
-    of_dtype = f"tensor({'float' if manifest.compute_dtype == 'float32' else 'float16'})"
-    caches = [
-        (f"{kind}_cache_{i}", layer.kv_heads, manifest.model.head_dim, of_dtype)
-        for i, layer in enumerate(info.layers)
-        for kind in "kv"
-    ]
-    found = [(x.name, x.shape[1], x.shape[3], x.type) for x in session.get_inputs() if "_cache_" in x.name]
-    vocab = [x.shape[-1] for x in session.get_outputs() if x.name == "logits"]
-    expected = [manifest.model.vocab_size] if graph == info.graph else []
-    if sorted(caches) != sorted(found) or vocab != expected:
-        raise BundleError(
-            f"{graph} is not the graph that manifest.json describes as {info.tier} (its layers, heads, vocabulary "
-            f"or compute type differ). Copy the bundle again, or rebuild it."
-        )
-
-
-def check_selector(decode: Any, gather: Any, manifest: Manifest, info: TierInfo) -> None:
-    """Compare what the gather graph writes with what the decode graph reads, and both with the manifest.
-
-    Raises:
-        BundleError: they differ.
-    """
-    assert info.selector is not None
-    hidden, layers = manifest.model.hidden_size, list(enumerate(info.selector.chosen))
-    expected = {f"{kind}_rows_{i}": [n, hidden] for i, n in layers if n for kind in ("gate", "up", "down")}
-    energies = {f"ffn_energy_{i}": [pool] for i, pool in enumerate(info.selector.pool) if info.selector.chosen[i]}
-    writes = {x.name: list(x.shape) for x in gather.get_outputs()}
-    reads = {x.name: list(x.shape) for x in decode.get_inputs() if "_rows_" in x.name}
-    if not (writes == reads == expected and {x.name: list(x.shape) for x in gather.get_inputs()} == energies):
-        raise BundleError(
-            f"{info.selector.graph} and {info.graph} do not gather and read what manifest.json says of {info.tier}. "
-            "Copy the bundle again, or rebuild it."
-        )
 
 
 def import_onnxruntime() -> Any:

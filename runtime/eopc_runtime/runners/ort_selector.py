@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from eopc_runtime.runners.ort_session import execute
+
 Share = Callable[[Any], Any]  # a buffer as an OrtValue on the same memory
 
 
@@ -48,7 +50,7 @@ class Selector:
             binding.bind_ortvalue_input(name, share(energy))
         for name in self._weights:
             binding.bind_output(name, self._device)
-        self._session.run_with_iobinding(binding)
+        execute(self._session, binding, "the choice of channels")
         chosen.weights = dict(zip(self._weights, binding.get_outputs(), strict=True))
 
 

@@ -20,19 +20,11 @@ from eopc_compiler.config import LayerDims
 from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.export import WeightTable, export_prompt_pass, export_tier
 from eopc_compiler.extras import key_value_entries
-from eopc_compiler.ladder import Mask, UnitOrder, full_mask, tier_config
+from eopc_compiler.ladder import Mask, UnitOrder, full_mask, mask_to_json, tier_config
 from eopc_compiler.tracing import Target
 from eopc_compiler.weights import WeightReader, WeightWriter
-from eopc_runtime.bundle import (
-    LayerInfo,
-    Manifest,
-    ModelInfo,
-    PrefillInfo,
-    SelectorInfo,
-    TierInfo,
-    Workload,
-    file_entry,
-)
+from eopc_runtime.bundle import LayerInfo, Manifest, ModelInfo, PrefillInfo, SelectorInfo, TierInfo, Workload
+from eopc_runtime.bundle_files import file_entry
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
 
 CONTEXT = 256
@@ -101,7 +93,6 @@ def make_bundle(make_tier: MakeTier) -> Callable[..., Path]:
         for tier in ("t0", "t1", "t2"):
             depth = int((apart or choosing) and tier == "t0")
             shutil.copytree(make_tier("fp16", dialect, "float16", tier, depth=depth), root, dirs_exist_ok=True)
-            (root / "tiers" / tier / "mask.json").write_text("{}")
         if choosing:
             onnx.save(gather_graph(), str(root / "tiers/t0/gather.onnx"))
         (root / "tokenizer").mkdir()
@@ -157,6 +148,10 @@ def write_bundle_manifest(root: Path, dialect: str, device: str, apart: bool = F
     whole = tuple(LayerInfo(i, 2, 256) for i in range(2))
     kept = (whole, *(tuple(LayerInfo(d.source_layer, d.num_key_value_heads, d.intermediate_size) for d in m.layers)
                      for m in (PRUNED, SHORT)))  # fmt: skip
+    orders = [UnitOrder(tuple(range(2)), tuple(range(256))) for _ in whole]
+    dense = Mask(tuple(LayerDims(i, 2, 256) for i in range(2)))
+    for i, mask in enumerate((dense, PRUNED, SHORT)):
+        (root / f"tiers/t{i}/mask.json").write_text(json.dumps(mask_to_json(f"t{i}", mask, orders)))
     tiers = tuple(
         TierInfo(
             f"t{i}", None, 0.1, "prior", None, None, {}, 1000, {"layers": 1.0, "kv_groups": 1.0, "ffn": 1.0}, layers,

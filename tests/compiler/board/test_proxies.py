@@ -117,7 +117,7 @@ def test_without_the_extra_the_reason_is_noted(compiled: Any, monkeypatch: pytes
 def test_nothing_is_compiled_where_nothing_is_wanted(compiled: Any) -> None:
     """--proxy none, and a device without engines."""
     assert compiled(proxy="none") == ([{"skipped": "--proxy none"}] * 3, [])
-    assert PASSES[-1] is proxies.compile_proxies
+    assert PASSES[-2] is proxies.compile_proxies  # the page about the bundle comes after it
     before = compiled(proxy="none")[0]
     assert compiled(device="cpu") == (before, [])
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from eopc_runtime.bundle import NEXT_ENERGY_NAME, Bundle
+from eopc_runtime.bundle import Bundle
+from eopc_runtime.bundle_files import NEXT_ENERGY_NAME
 from eopc_runtime.calibration.publish import publish, publish_steps
 from eopc_runtime.energy import EnergyTable, TierEnergy
 from eopc_runtime.errors import BundleError

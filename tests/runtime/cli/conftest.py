@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from eopc_runtime.bundle import Bundle, FileEntry, LayerInfo, Manifest, ModelInfo, TierInfo, Workload, sha256_file
+from eopc_runtime.bundle import Bundle, LayerInfo, Manifest, ModelInfo, TierInfo, Workload
+from eopc_runtime.bundle_files import FileEntry, sha256_file
 from eopc_runtime.cli import cli
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
 from eopc_runtime.runners.base import Logits, Wanted
@@ -115,7 +116,8 @@ def write_bundle(root: Path) -> Path:
     (root / "energy.json").write_text(json.dumps(EnergyTable("fake", "prior", 0.0, prices).to_json()))
     for i in range(2):
         (root / f"tiers/t{i}/model.onnx").write_bytes(b"not a graph")
-        (root / f"tiers/t{i}/mask.json").write_text("{}")
+        layers = [{"source_layer": n, "kv_groups": [0], "ffn_channels": list(range(8 - 4 * i))} for n in range(2)]
+        (root / f"tiers/t{i}/mask.json").write_text(json.dumps({"schema": 1, "tier": f"t{i}", "layers": layers}))
     (root / "weights.bin").write_bytes(b"weights")
     paths = sorted(path for path in root.rglob("*") if path.is_file())
     manifest = Manifest(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from eopc_runtime.bundle import sha256_file
+from eopc_runtime.bundle_files import sha256_file
 from eopc_runtime.energy import EnergyTable, TierEnergy
 from eopc_runtime.errors import PromptError
 from eopc_runtime.evaluation.texts import cut_windows, window_nll

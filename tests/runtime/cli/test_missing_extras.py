@@ -38,6 +38,8 @@ RUN = "from eopc_runtime.cli.main import main\nmain(sys.argv[1:])\n"
 NO_ORT = 'pip install "eopc[ort]"'
 NO_COMPILER = 'pip install "eopc[compiler]"'
 NO_RTX = 'pip install "eopc[tensorrt-rtx]"'
+NO_SERVE = 'pip install "eopc[serve]"'
+NO_SIGN = 'pip install "eopc[sign]"'
 NO_GPU = "No CUDA driver answers"
 REFUSED = {
     "build --budgets 5J": NO_COMPILER,
@@ -53,6 +55,10 @@ REFUSED = {
     "engine BUNDLE --device h100 --check": NO_GPU,
     "engine BUNDLE --device rtx-4090": NO_RTX,
     "engine BUNDLE --device orin --proxy": NO_RTX,
+    "serve BUNDLE": NO_SERVE,
+    "keygen key": NO_SIGN,
+    "sign BUNDLE --key TEXT": NO_SIGN,
+    "verify BUNDLE --key TEXT": NO_SIGN,
 }
 DONE = {
     "inspect BUNDLE": "all verified",

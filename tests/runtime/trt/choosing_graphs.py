@@ -15,16 +15,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from eopc_runtime.bundle import (
-    LayerInfo,
-    Manifest,
-    ModelInfo,
-    PrefillInfo,
-    SelectorInfo,
-    TierInfo,
-    Workload,
-    file_entry,
-)
+from eopc_runtime.bundle import LayerInfo, Manifest, ModelInfo, PrefillInfo, SelectorInfo, TierInfo, Workload
+from eopc_runtime.bundle_files import file_entry
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
 
 CONTEXT, WORDS, HEAD_DIM = 256, 8, 2  # a row has a number for every word

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from eopc_runtime.bundle import Bundle, sha256_file
+from eopc_runtime.bundle import Bundle
+from eopc_runtime.bundle_files import sha256_file
 from eopc_runtime.engines import (
     EngineRecord,
     Fingerprint,
