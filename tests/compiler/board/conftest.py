@@ -117,6 +117,20 @@ def with_a_foreign_operator(graph: Path) -> Any:
     return model
 
 
+def with_an_adding_scatter(graph: Path) -> Any:
+    """A tier's graph with one more operator, called tail, of a kind that eopc's graphs may have."""
+    model = onnx.load(str(graph), load_external_data=False)
+    for name, array in {
+        "sums": np.zeros(4, np.float32),
+        "where": np.zeros(1, np.int64),
+        "one": np.ones(1, np.float32),
+    }.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    tail = helper.make_node("ScatterElements", ["sums", "where", "one"], ["added"], "tail", reduction="add")
+    model.graph.node.append(tail)
+    return model
+
+
 def gather_graph(chosen: int = 32, pool: int = 128, stored: str = "fp16", opset: int = 20) -> Any:
     """Rows of width 128 of the channels with most energy: fp16, or int8 with a scale per row, dequantised last."""
     rng = np.random.default_rng(3)
