@@ -56,11 +56,9 @@ def loss(args: argparse.Namespace) -> None:
         calibration = calibration_set(tokenizer, args.corpora, DOMAINS, args.tokens, LENGTH, seed)
         batches = calibration.batches(4)
         for name, ordered, fitted, selector in methods(by_energy(model, batches), batches, args.keep, seed):
-            found = selected_losses(ordered, selector, fitted, text, PROMPT)
-            rows = torch.stack([(a - b).mean(1) for a, b in zip(found, dense, strict=True)])
+            rows = added_losses(ordered, selector, fitted, text, dense)
             added.setdefault(name, []).append(rows)
-            by_domain = "  ".join(f"{d} {value:+.3f}" for d, value in zip(DOMAINS, rows.mean(1).tolist(), strict=True))
-            click.echo(f"seed {seed}  {name:12}{by_domain}  mean {float(rows.mean()):+.3f}")
+            click.echo(f"seed {seed}  {name:12}{shown(rows)}")
     for name in ("fixed fit", "random fit", "chosen"):
         pairs = torch.stack(added[name]) - torch.stack(added["chosen fit"])  # [seed, domain, sequence]
         low, high = interval(pairs.flatten(0, 1))
@@ -107,6 +105,24 @@ def reordered(model: Llama, orders: Sequence[Tensor]) -> Llama:
             projection.weight = nn.Parameter(projection.weight.data[:, order], requires_grad=False)
         layer.mlp.down_proj.weight = nn.Parameter(layer.mlp.down_proj.weight.data[order], requires_grad=False)
     return copy
+
+
+def added_losses(
+    model: Llama,
+    selector: Selector,
+    fitted: Sequence[FittedChannels],
+    text: Sequence[Batch],
+    dense: Sequence[Tensor],
+) -> Tensor:
+    """Nats per token above the dense losses of every sequence [domain, sequence], a batch a domain."""
+    found = selected_losses(model, selector, fitted, text, PROMPT)
+    return torch.stack([(a - b).mean(1) for a, b in zip(found, dense, strict=True)])
+
+
+def shown(rows: Tensor) -> str:
+    """The means of [domain, sequence] by domain and of all, as text."""
+    by_domain = "  ".join(f"{d} {value:+.3f}" for d, value in zip(DOMAINS, rows.mean(1).tolist(), strict=True))
+    return f"{by_domain}  mean {float(rows.mean()):+.3f}"
 
 
 def continuation(model: Llama, tokens: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from dataclasses import replace
 
 import click
 import torch
-from channels import DOMAINS, LENGTH, PROMPT, continuation, interval, reordered
+from channels import DOMAINS, LENGTH, added_losses, continuation, interval, reordered, shown
 from corpora import add_corpora_option, calibration_set, evaluation_windows
 from torch import Tensor
 
@@ -34,7 +34,7 @@ from eopc_compiler.importance import LayerCurves, observe
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.model import build_model
 from eopc_compiler.selector import Selector
-from eopc_compiler.selector_fit import fit_selector, selected_losses
+from eopc_compiler.selector_fit import fit_selector
 from eopc_compiler.selector_planner import split
 
 PARCEL = 32  # channels
@@ -69,11 +69,9 @@ def main() -> None:
             for name, mask in allocations(full, curves, parcels, seed).items():
                 for kind, selector in selectors(name, mask, full).items():
                     fitted = fit_selector(model, selector, batches, LENGTH // 2)
-                    losses = selected_losses(model, selector, fitted, text, PROMPT)
-                    rows = torch.stack([(a - b).mean(1) for a, b in zip(losses, dense, strict=True)])
+                    rows = added_losses(model, selector, fitted, text, dense)
                     added.setdefault((keep, kind), []).append(rows)
-                    by_domain = "  ".join(f"{d} {v:+.3f}" for d, v in zip(DOMAINS, rows.mean(1).tolist(), strict=True))
-                    click.echo(f"seed {seed}  {keep:.1%}  {kind:12}{by_domain}  mean {float(rows.mean()):+.3f}")
+                    click.echo(f"seed {seed}  {keep:.1%}  {kind:12}{shown(rows)}")
     for (keep, kind), rows_by_seed in added.items():
         rows = torch.stack(rows_by_seed)
         pairs = (rows - torch.stack(added[keep, "dual"])).flatten(0, 1)

@@ -17,15 +17,13 @@ The lowest of a budget is marked. Calibration is the built-in text, as in `eopc 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import click
 import torch
-from corpora import add_corpora_option, evaluation_windows
-from ladder import DOMAINS, start, throughout
+from corpora import evaluation_windows
+from ladder import DOMAINS, add_options, build_args, start, throughout
 
 from eopc_compiler.calibration import Batch
 from eopc_compiler.handover import ContinuationLoss, repair_tier
@@ -34,10 +32,10 @@ from eopc_compiler.model import Llama
 from eopc_compiler.pipeline import plan_tiers
 from eopc_compiler.planner import TierPlan, shrink_to_budget
 from eopc_compiler.pricing import reference_energy
-from eopc_compiler.selector_fit import selected_losses
-from eopc_compiler.state import BuildArgs, CompileState, Workload
+from eopc_compiler.selector_fit import domain_means, selected_losses
+from eopc_compiler.state import CompileState, Workload
 from eopc_compiler.stored_model import deployed_model, fit, repair
-from eopc_runtime.units import format_energy, parse_budgets
+from eopc_runtime.units import format_energy
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +94,7 @@ class Judge:
         assert tier.selector
         fitted = fit(self.state, self.model, tier.selector)
         found = selected_losses(self.model, tier.selector, fitted, self.text, self.prompt)
-        losses = {d: [x for b, x in zip(self.text, found, strict=True) if b.domain == d] for d in self.dense}
-        return self.entry("chosen", tier.energy_j, {d: float(torch.cat(x).double().mean()) for d, x in losses.items()})
+        return self.entry("chosen", tier.energy_j, domain_means(self.text, found))
 
 
 def entries(judge: Judge, budget_j: float, plans: Mapping[str, tuple[TierPlan, ...]]) -> Iterator[Entry]:
@@ -125,32 +122,15 @@ def _tier(plan: tuple[TierPlan, ...], budget_j: float) -> TierPlan | None:
 def main() -> None:
     """A block of rows a budget."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_corpora_option(parser)
-    parser.add_argument("--model")
-    parser.add_argument("--device", default="orin")
+    add_options(parser, budgets="16,14,12J", windows=12)
     parser.add_argument("--workload", default="128:256")
-    parser.add_argument("--budgets", default="16,14,12J")
-    parser.add_argument("--precision", default="int8")
-    parser.add_argument("--search-seconds", type=float, default=40.0)
-    parser.add_argument("--windows", type=int, default=12, help="of evaluation, per domain [12]")
     parser.add_argument("--prompt", type=int, default=128, help="tokens before the answer that is scored [128]")
     parser.add_argument("--length", type=int, default=256, help="tokens of both [256]")
-    parser.add_argument("--work", type=Path, help="keeps stages between runs")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    folder = options.work or Path(tempfile.mkdtemp())
-    args = BuildArgs(
-        model=options.model,
-        device=options.device,
-        budgets_j=parse_budgets(options.budgets),
-        workload=Workload(*map(int, options.workload.split(":"))),
-        output=folder / "front.eopc",
-        precision=(options.precision,),
-        search_seconds=options.search_seconds,
-        prefill_depth="all",
-        selectors="off",
-    )
-    state = start(args, folder)
+    workload = Workload(*map(int, options.workload.split(":")))
+    args = replace(build_args(options), workload=workload, selectors="off")
+    state = start(args)
     assert state.checkpoint and state.storage
     kinds = {"pruned": replace(args, prefill_depth="auto"), "chosen": replace(args, selectors="on")}
     plans = {"static": state.plan} | {k: plan_tiers(replace(state, args=a)).plan for k, a in kinds.items()}

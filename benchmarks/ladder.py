@@ -55,27 +55,10 @@ PASSES = (load_checkpoint, choose_dialect, read_calibration, observe_dense, choo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_corpora_option(parser)
-    parser.add_argument("--model")
-    parser.add_argument("--device", default="orin")
-    parser.add_argument("--budgets", default="9,7,5J")
-    parser.add_argument("--precision", default="int8")
-    parser.add_argument("--search-seconds", type=float, default=40.0)
-    parser.add_argument("--windows", type=int, default=24)
-    parser.add_argument("--work", type=Path, help="keeps stages between runs")
+    add_options(parser, budgets="9,7,5J", windows=24)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    folder = options.work or Path(tempfile.mkdtemp())
-    args = BuildArgs(
-        model=options.model,
-        device=options.device,
-        budgets_j=parse_budgets(options.budgets),
-        output=folder / "ladder.eopc",
-        precision=(options.precision,),
-        search_seconds=options.search_seconds,
-        prefill_depth="all",
-    )
-    state = start(args, folder)
+    state = start(build_args(options))
     assert state.checkpoint and state.storage
     model = deployed_model(state, state.storage)
     text = evaluation_windows(state.checkpoint.tokenizer(), options.corpora, DOMAINS, options.windows, LENGTH)
@@ -90,9 +73,34 @@ def main() -> None:
             _row(name, {d: losses[d] - dense[d] for d in dense}, price(state, mask, state.storage), _kept(state, mask))
 
 
-def start(args: BuildArgs, folder: Path) -> CompileState:
-    """A build up to its plan, stages kept in the folder."""
-    cache = StageCache(folder / ".work", True)
+def add_options(parser: argparse.ArgumentParser, budgets: str, windows: int) -> None:
+    """What every measurement of planned tiers can be told."""
+    add_corpora_option(parser)
+    parser.add_argument("--model")
+    parser.add_argument("--device", default="orin")
+    parser.add_argument("--budgets", default=budgets)
+    parser.add_argument("--precision", default="int8")
+    parser.add_argument("--search-seconds", type=float, default=40.0)
+    parser.add_argument("--windows", type=int, default=windows, help=f"of evaluation, per domain [{windows}]")
+    parser.add_argument("--work", type=Path, help="keeps stages between runs")
+
+
+def build_args(options: argparse.Namespace) -> BuildArgs:
+    """The build that these options describe."""
+    return BuildArgs(
+        model=options.model,
+        device=options.device,
+        budgets_j=parse_budgets(options.budgets),
+        output=(options.work or Path(tempfile.mkdtemp())) / "ladder.eopc",
+        precision=(options.precision,),
+        search_seconds=options.search_seconds,
+        prefill_depth="all",
+    )
+
+
+def start(args: BuildArgs) -> CompileState:
+    """A build up to its plan, stages kept beside its output."""
+    cache = StageCache(args.output.parent / ".work", True)
     return run_passes(CompileState(args, cache, load_profile(args.device), click.echo, lambda _text: None), PASSES)
 
 

@@ -30,12 +30,13 @@ from typing import Any
 import httpx
 
 from eopc_runtime.allowance import BudgetPolicy
+from eopc_runtime.generation import Event, Result
 from eopc_runtime.sampling import SamplingParams
 from eopc_runtime.scheduler import Handle, Scheduler
 from eopc_runtime.serve.app import make_app
 from eopc_runtime.serve.run import Server, bind
 from eopc_runtime.serve.service import Limits, Service
-from eopc_runtime.session import Event, Result, Session
+from eopc_runtime.session import Session
 from eopc_runtime.windows import Allowance
 
 KINDS = 24  # different requests

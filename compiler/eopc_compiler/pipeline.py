@@ -30,7 +30,7 @@ from eopc_compiler.pricing import must_prune, plan_energy, reference_energy, sel
 from eopc_compiler.proxies import compile_proxies
 from eopc_compiler.recover import RECOVERY_TOKENS, RecoverSettings, recover_ladder, training_windows
 from eopc_compiler.selector import Selector
-from eopc_compiler.selector_fit import domain_mean, selected_losses
+from eopc_compiler.selector_fit import domain_means, selected_losses
 from eopc_compiler.selector_planner import Choosing, plan_selectors
 from eopc_compiler.sequences import mean_loss
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_page, write_plan
@@ -237,7 +237,7 @@ def plan_tiers(state: CompileState) -> CompileState:
         def chosen_loss(selector: Selector) -> float:
             count = state.counter("fitting a choosing tier")
             fitted = fit(state, model, selector, FINALIST_WINDOWS, count)
-            return domain_mean(text, selected_losses(model, selector, fitted, text, args.choice_part))
+            return mean(domain_means(text, selected_losses(model, selector, fitted, text, args.choice_part)).values())
 
         def fixed_loss(mask: Mask, depth: int | None) -> float:
             return repaired(ContinuationLoss(model, text, args.choice_part, depth), mask)

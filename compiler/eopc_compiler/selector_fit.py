@@ -132,11 +132,11 @@ def selected_losses(
     return [next_token_losses(model, x, b.tokens[:, prompt:]) for x, b in zip(ours, batches, strict=True)]
 
 
-def domain_mean(batches: Sequence[Batch], losses: Sequence[Tensor]) -> float:
-    """Mean over domains of their mean losses."""
+def domain_means(batches: Sequence[Batch], losses: Sequence[Tensor]) -> dict[int, float]:
+    """Mean loss by domain."""
     domains = sorted({b.domain for b in batches})
     of = {d: torch.cat([x.flatten() for b, x in zip(batches, losses, strict=True) if b.domain == d]) for d in domains}
-    return float(torch.stack([x.double().mean() for x in of.values()]).mean())
+    return {d: float(x.double().mean()) for d, x in of.items()}
 
 
 def _prompts(model: Llama, batches: Sequence[Batch], prompt: int) -> Iterator[tuple[list[Past], list[Tensor]]]:

@@ -34,6 +34,7 @@ from eopc_runtime.bundle import Bundle, LayerInfo, Manifest, ModelInfo, PrefillI
 from eopc_runtime.bundle_files import file_entry
 from eopc_runtime.energy import EnergyTable, prior_table
 from eopc_runtime.memory import release_memory
+from eopc_runtime.policy import plan_label
 from eopc_runtime.report.write import refresh_report
 from eopc_runtime.runners.ort import OrtTier
 
@@ -64,7 +65,7 @@ def write_plan(state: CompileState) -> Path:
                 "loss_added": None if given else t.loss - dense.loss,
                 "nats_per_joule": _dual(state, t),
                 "note": t.note,
-                "plan": f"t{i}" if t.prefill == i else f"t{t.prefill}>t{i}",
+                "plan": plan_label(t.prefill, i),
                 "prefill_depth": t.depth,
                 "selector": asdict(t.selector) if t.selector else None,
                 "keep": keep_shares(state.config, t.run),

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
+from eopc_runtime.generation import Event, Result
 from eopc_runtime.scheduler import Deliver, Handle, Scheduler
 from eopc_runtime.scoring import Score
-from eopc_runtime.session import Event, Result
 
 R = TypeVar("R")
 

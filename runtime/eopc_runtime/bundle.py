@@ -124,6 +124,11 @@ class Manifest:
     seed: int
     calibration: Mapping[str, object]
 
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of one value of the compute type: of caches, and of weights that are not quantised."""
+        return {"float32": 4, "float16": 2}[self.compute_dtype]
+
     def to_json(self) -> dict[str, object]:
         """Return the content of manifest.json; `from_json` gives the same manifest back."""
         return plain({"schema": MANIFEST_SCHEMA, **asdict(self)})

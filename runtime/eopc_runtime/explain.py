@@ -10,7 +10,16 @@ from eopc_runtime.controller import Start
 from eopc_runtime.energy import EnergyTable
 from eopc_runtime.errors import BudgetError
 from eopc_runtime.ledger import ROUNDING
-from eopc_runtime.policy import Plan, Request, affordable_tokens, fits, needed_j, quantum_j, smallest_budget_j
+from eopc_runtime.policy import (
+    Plan,
+    Request,
+    affordable_tokens,
+    fits,
+    needed_j,
+    plan_label,
+    quantum_j,
+    smallest_budget_j,
+)
 from eopc_runtime.units import format_energy
 
 _ADMITTED = 1 + 2 * ROUNDING  # room for the rounding that admission leaves, which is once more for a tier asked for
@@ -102,7 +111,7 @@ def _option(prices: EnergyTable, pair: tuple[int, int], budget_j: float | None, 
     if budget_j is not None:
         tokens = affordable_tokens(prices, *pair, budget_j, request)
     return Option(
-        plan=Plan(*pair, 0.0, 0).label,
+        plan=plan_label(*pair),
         prefill=prices.tiers[pair[0]].tier,
         decode=prices.tiers[pair[1]].tier,
         price_j=price_j,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from eopc_runtime.errors import UsageError
 from eopc_runtime.runners.base import Logits
@@ -34,13 +35,19 @@ def token_logprobs(logits: Logits, token: int, top: int) -> TokenLogprobs:
 
 def rows_logprobs(logits: Logits, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
     """Return the same for tokens [n] under logits [n, vocab]."""
-    best = logits.max(axis=1, keepdims=True)
-    # fp32 exp, float64 sum: the error stays below 1e-6 nats without a float64 copy of the logits
-    norm = np.log(np.exp(logits - best).sum(axis=1, dtype=np.float64)) + best[:, 0]
+    norm = log_norm(logits)
     return [
         TokenLogprobs(token, float(row[token] - scale), tuple((i, float(row[i] - scale)) for i in _highest(row, top)))
         for row, token, scale in zip(logits, tokens, norm, strict=True)
     ]
+
+
+def log_norm(logits: Logits) -> npt.NDArray[np.float64]:
+    """Return log sum exp of every row of [n, vocab]."""
+    best = logits.max(axis=1, keepdims=True)
+    # fp32 exp, float64 sum: the error stays below 1e-6 nats without a float64 copy of the logits
+    found: npt.NDArray[np.float64] = np.log(np.exp(logits - best).sum(axis=1, dtype=np.float64)) + best[:, 0]
+    return found
 
 
 def _highest(row: Logits, count: int) -> list[int]:

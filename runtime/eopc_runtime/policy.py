@@ -45,7 +45,12 @@ class Plan:
     @property
     def label(self) -> str:
         """`t0>t2`, or `t0` when both phases run on one tier."""
-        return f"t{self.prefill}" if self.prefill == self.decode else f"t{self.prefill}>t{self.decode}"
+        return plan_label(self.prefill, self.decode)
+
+
+def plan_label(prefill: int, decode: int) -> str:
+    """Return `t0>t2`, or `t0` where both phases run on one tier."""
+    return f"t{prefill}" if prefill == decode else f"t{prefill}>t{decode}"
 
 
 def pick_tier(table: EnergyTable, budget_j: float | None, request: Request) -> Plan:

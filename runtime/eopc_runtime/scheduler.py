@@ -28,9 +28,10 @@ from eopc_runtime.errors import (
     SequenceError,
     UsageError,
 )
+from eopc_runtime.generation import Event, Result
 from eopc_runtime.memory import release_memory
 from eopc_runtime.scoring import Score
-from eopc_runtime.session import Event, Result, Session
+from eopc_runtime.session import Session
 
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
@@ -40,7 +41,7 @@ _MEMORY = 0.2  # weight of the last finished sequence in the estimate of how lon
 
 
 class Work(Protocol[R_co]):
-    """What is stepped: a `session.Generation` or a `scoring.Scoring`."""
+    """What is stepped: a `generation.Generation` or a `scoring.Scoring`."""
 
     def __next__(self) -> Event | None:
         """Run one step; StopIteration at the end."""

@@ -7,7 +7,7 @@ every one with the vocabulary; so what is charged bounds what is spent, in the p
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from eopc_runtime.admission import Terms, prices_of
 from eopc_runtime.energy import EnergyTable
 from eopc_runtime.errors import BudgetError
+from eopc_runtime.generation import Stepped
 from eopc_runtime.ledger import Ledger
 from eopc_runtime.logprobs import TokenLogprobs, rows_logprobs
 from eopc_runtime.policy import Request, fits
@@ -36,7 +37,7 @@ class Score:
     energy_source: str
 
 
-class Scoring(Iterator[None]):
+class Scoring(Stepped[None, Score]):
     """A text that is being scored: every step runs a part of it on one tier; then read `result`."""
 
     def __init__(
@@ -56,25 +57,7 @@ class Scoring(Iterator[None]):
         self.next_tier = table.tiers[index].tier
         self._ledger = Ledger(budget_j)
         self._source = table.source
-        self._result: Score | None = None
-        self._steps = self._run(pool, tuple(ids), top)
-
-    def __next__(self) -> None:
-        try:
-            return next(self._steps)
-        except StopIteration as stop:
-            if stop.value is not None:
-                self._result = stop.value
-            raise
-
-    @property
-    def result(self) -> Score:
-        """The score; RuntimeError after `close`, or after an error ended it early."""
-        for _ in self:
-            pass
-        if self._result is None:
-            raise RuntimeError("the scoring was closed before it finished")
-        return self._result
+        super().__init__("scoring", self._run(pool, tuple(ids), top))
 
     @property
     def spent_j(self) -> float:
@@ -85,10 +68,6 @@ class Scoring(Iterator[None]):
     def spent_by_phase_j(self) -> dict[str, float]:
         """The same by phase; reading a text is a prefill."""
         return self._ledger.by_phase
-
-    def close(self) -> None:
-        """End it now."""
-        self._steps.close()
 
     def _run(self, pool: RunnerPool, ids: tuple[int, ...], top: int) -> Generator[None, None, Score]:
         runner = pool.get(self.next_tier)

@@ -24,7 +24,7 @@ from eopc_runtime.jsonfields import Fields, plain
 from eopc_runtime.sequence_log import SequenceLog
 
 if TYPE_CHECKING:
-    from eopc_runtime.session import Generation
+    from eopc_runtime.generation import Generation
 
 RECORD_SCHEMA = 1
 KIND = "eopc sequence"

@@ -53,7 +53,7 @@ def build_bytes(manifest: Manifest, info: TierInfo) -> int:
 
 def graph_bytes(manifest: Manifest, info: TierInfo, phase: str) -> int:
     """Weights of the graph of a tier's phase, bytes: tables that rows are gathered from are in the compute type."""
-    width = (2 if manifest.compute_dtype == "float16" else 4) * manifest.model.hidden_size
+    width = manifest.value_bytes * manifest.model.hidden_size
     if phase == "gather" and info.selector is not None:
         channels = sum(pool for pool, chosen in zip(info.selector.pool, info.selector.chosen, strict=True) if chosen)
         return MATRICES * channels * width

@@ -124,11 +124,13 @@ def named_texts(options: Sequence[str]) -> dict[str, Path]:
 
 def tier_row(tier: str, texts: Mapping[str, TextScore], tasks: Mapping[str, TaskScore]) -> dict[str, Any]:
     """Return the JSON of a tier; perplexity is the geometric mean over texts, kl and top1 are means over texts."""
+    from statistics import geometric_mean
+
     kls = [score.kl for score in texts.values() if score.kl is not None]
     top1s = [score.top1 for score in texts.values() if score.top1 is not None]
     return {
         "tier": tier,
-        "perplexity": geometric_mean([score.perplexity for score in texts.values()]),
+        "perplexity": geometric_mean([score.perplexity for score in texts.values()]) if texts else None,
         "tokens": sum(score.tokens for score in texts.values()),
         "kl": sum(kls) / len(kls) if kls else None,
         "top1": sum(top1s) / len(top1s) if top1s else None,
@@ -138,13 +140,6 @@ def tier_row(tier: str, texts: Mapping[str, TextScore], tasks: Mapping[str, Task
         },
         "tasks": {name: asdict(score) for name, score in tasks.items()},
     }
-
-
-def geometric_mean(values: Sequence[float]) -> float | None:
-    """Return it; None of nothing."""
-    import math
-
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
 
 def _windows(

@@ -13,8 +13,8 @@ from eopc_runtime.cli.output import print_json
 from eopc_runtime.cli.runners import THREADS, runner_option, show_notes
 
 if TYPE_CHECKING:
+    from eopc_runtime.generation import Result
     from eopc_runtime.sampling import SamplingParams
-    from eopc_runtime.session import Result
 
 
 @click.command()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from eopc_runtime.bundle import Manifest, TierInfo, Workload
 from eopc_runtime.energy import EnergyTable, TierEnergy
+from eopc_runtime.policy import plan_label
 from eopc_runtime.report.plan_file import PlanFile
 
 WHOLE, STATIC, HANDED, PRUNED, CHOOSING = (
@@ -46,7 +47,7 @@ def plan_points(manifest: Manifest, table: EnergyTable, plan: PlanFile | None, w
     losses = {tier.plan: tier.loss_added for tier in plan.tiers} if plan else {}
     found = []
     for prefill, decode in table.plans():
-        name = plan_name(prefill, decode)
+        name = plan_label(prefill, decode)
         found.append(
             Point(
                 plan=name,
@@ -97,11 +98,6 @@ def kind_of(tiers: Sequence[TierInfo], prefill: int, decode: int) -> str:
     return STATIC if decode else WHOLE
 
 
-def plan_name(prefill: int, decode: int) -> str:
-    """Return `t1`, or `t0>t1` for a pair."""
-    return f"t{decode}" if prefill == decode else f"t{prefill}>t{decode}"
-
-
 def plan_energy(table: EnergyTable, plan: str) -> TierEnergy:
     """Return the coefficients of a plan by name, without margin: the prompt of one tier, the steps of another."""
     prefill, _, decode = plan.partition(">")
@@ -113,7 +109,7 @@ def plan_energy(table: EnergyTable, plan: str) -> TierEnergy:
 
 def planned_names(manifest: Manifest, table: EnergyTable, plan: PlanFile | None) -> tuple[str, ...]:
     """Return the plan of every tier: the one it was planned for, where that is known and may run, else it alone."""
-    allowed = {plan_name(*pair) for pair in table.plans()}
+    allowed = {plan_label(*pair) for pair in table.plans()}
     found = []
     for tier in manifest.tiers:
         planned = plan.tier(tier.tier) if plan else None

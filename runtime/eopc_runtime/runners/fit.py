@@ -18,8 +18,7 @@ def weight_bytes(info: TierInfo) -> int:
 
 def cache_bytes(manifest: Manifest, info: TierInfo, tokens: int) -> int:
     """Keys and values of so many tokens."""
-    value = 2 if manifest.compute_dtype == "float16" else 4
-    return 2 * tokens * value * manifest.model.head_dim * sum(layer.kv_heads for layer in info.layers)
+    return 2 * tokens * manifest.value_bytes * manifest.model.head_dim * sum(layer.kv_heads for layer in info.layers)
 
 
 def tier_bytes(manifest: Manifest, info: TierInfo, tokens: int) -> int:

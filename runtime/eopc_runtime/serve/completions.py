@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from eopc_runtime.generation import Event, Result
 from eopc_runtime.logprobs import TokenLogprobs, token_logprobs
 from eopc_runtime.sampling import sample
 from eopc_runtime.serve.api_error import ApiError, as_api_error
@@ -26,7 +27,6 @@ from eopc_runtime.serve.responses import (
     usage,
 )
 from eopc_runtime.serve.service import Running, Service
-from eopc_runtime.session import Event, Result
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from eopc_runtime.generation import Result
 from eopc_runtime.logprobs import TokenLogprobs
-from eopc_runtime.session import Result
 from eopc_runtime.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"

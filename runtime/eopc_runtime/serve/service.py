@@ -13,13 +13,13 @@ from typing import Any, Generic, TypeVar
 from eopc_runtime.allowance import BudgetPolicy, Grant
 from eopc_runtime.async_session import AsyncHandle, AsyncSession
 from eopc_runtime.errors import BudgetError, EopcError, SequenceCancelledError
+from eopc_runtime.generation import Event, Result
 from eopc_runtime.scheduler import Scheduler
 from eopc_runtime.scoring import Score
 from eopc_runtime.serve.activity import Activity, Done
 from eopc_runtime.serve.api_error import ApiError, as_api_error
 from eopc_runtime.serve.metrics import Metrics
 from eopc_runtime.serve.requests import Ask, Prompt
-from eopc_runtime.session import Event, Result
 from eopc_runtime.units import format_energy
 
 R = TypeVar("R", Result, Score)
