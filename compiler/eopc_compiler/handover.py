@@ -7,7 +7,7 @@ keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +116,29 @@ def inherited(past: Past, kv_heads: int) -> Past:
     return past[0][:, :kv_heads], past[1][:, :kv_heads]
 
 
+@dataclass(frozen=True, slots=True)
+class Met:
+    """What stands in front of one layer of the whole model, for every batch; behind the last layer, no pasts."""
+
+    pasts: tuple[Past, ...]  # the prompt's keys and values in that layer
+    hidden: tuple[Tensor, ...]  # hidden states [n, S - prompt, hidden] behind the prompt
+
+
+def walk(model: Llama, batches: Sequence[Batch], prompt: int, depth: int | None = None) -> Iterator[Met]:
+    """The whole model's own way through the layers, which a repair aims at; arguments as those of `repair_tier`.
+
+    One `Met` in front of every layer, and one behind the last. Several repairs on one text can share them as a tuple.
+    """
+    with torch.no_grad():
+        dense = [model.model.embed_tokens(batch.tokens) for batch in batches]
+        caches = [PromptCache(model, prompt, depth) for _ in batches]
+        for index in range(len(model.blocks)):
+            pasts = tuple(cache.enter(index, x)[0] for cache, x in zip(caches, dense, strict=True))
+            yield Met(pasts, tuple(x[:, prompt:].clone() for x in dense))
+            dense = [_through(model, index, x) for x in dense]
+        yield Met((), tuple(x[:, prompt:].clone() for x in dense))
+
+
 @torch.no_grad()
 def repair_tier(
     model: Llama,
@@ -126,6 +149,7 @@ def repair_tier(
     round_weight: Round = lambda _layer, weight, _covariance: weight,
     report: Callable[[int, int], None] | None = None,
     depth: int | None = None,
+    walked: Iterable[Met] | None = None,
 ) -> tuple[Llama, tuple[Repaired, ...]]:
     """Re-fit down_proj where a layer was narrowed or stands before a gap, on the cache the tier inherits.
 
@@ -139,28 +163,25 @@ def repair_tier(
         own: source layers that may have a down_proj of their own; the others that need it get only a bias.
         round_weight: how a new matrix is stored; later layers are fitted behind the stored one.
         depth: layers the prompts have run through (`PromptCache`); None for all.
+        walked: the `walk` of the same arguments, where it is at hand.
 
     Returns:
         The repaired tier, and what it has of its own.
     """
     tier, repaired = tier_view(model, mask), list[Repaired]()
-    dense = [model.model.embed_tokens(batch.tokens) for batch in batches]
-    ours = [x[:, prompt:].clone() for x in dense]
-    caches = [PromptCache(model, prompt, depth) for _ in batches]
-    done = 0
+    way = enumerate(walked if walked is not None else walk(model, batches, prompt, depth))
+    at, met = next(way)
+    ours = list(met.hidden)
     for position, (dims, layer) in enumerate(zip(mask.layers, tier.blocks, strict=True)):
-        following = next_source(mask, position, model)
-        pasts = list[Past]()
-        for index in range(done, following):
-            entered = [cache.enter(index, x)[0] for cache, x in zip(caches, dense, strict=True)]
-            if index == dims.source_layer:
-                pasts = [inherited(past, dims.num_key_value_heads) for past in entered]
-            dense = [_through(model, index, x) for x in dense]
-        done = following
+        while at < dims.source_layer:
+            at, met = next(way)
+        pasts = [inherited(past, dims.num_key_value_heads) for past in met.pasts]
+        while at < next_source(mask, position, model):
+            at, met = next(way)
         middle = [add_attention(tier, layer, x, past) for x, past in zip(ours, pasts, strict=True)]
         inputs = [ffn_inputs(layer, x) for x in middle]
         if needs_repair(mask, position, model):
-            targets = [d[:, prompt:] - x for d, x in zip(dense, middle, strict=True)]
+            targets = [whole - x for whole, x in zip(met.hidden, middle, strict=True)]
             moments = sum_moments(batches, inputs, targets).moments()
             fresh = _fit(layer, dims.source_layer, moments, dims.source_layer in own, round_weight)
             repaired.append(fresh)

@@ -20,7 +20,7 @@ from eopc_compiler.calibration import CalibrationSet, Split, build_calibration, 
 from eopc_compiler.checkpoint import open_checkpoint, with_tensors
 from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.extras import EXTRAS_FILE, TierExtras
-from eopc_compiler.handover import ContinuationLoss
+from eopc_compiler.handover import ContinuationLoss, Met
 from eopc_compiler.importance import observe
 from eopc_compiler.ladder import Mask, full_mask, read_masks, tier_config
 from eopc_compiler.observations_file import load_observations, save_observations
@@ -44,6 +44,7 @@ from eopc_compiler.stored_model import (
     repair,
     repair_inputs,
     stored_weights,
+    walked,
 )
 from eopc_compiler.tier_graphs import tier_path, write_graphs
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
@@ -209,16 +210,18 @@ def plan_tiers(state: CompileState) -> CompileState:
         model, text, args = deployed_model(state, storage), state.selection.batches(), state.args
         selection = ContinuationLoss(model, text, args.prompt_part)
 
-        def repaired(losses: ContinuationLoss, mask: Mask) -> float:
+        def repaired(losses: ContinuationLoss, mask: Mask, way: tuple[Met, ...] | None = None) -> float:
             count = state.counter("repairing a candidate")
-            tier, _ = repair(state, model, mask, FINALIST_WINDOWS, count, losses.depth)
+            tier, _ = repair(state, model, mask, FINALIST_WINDOWS, count, losses.depth, way)
             return mean(losses.of_tier(tier, mask).values())
 
         def measured(mask: Mask) -> float:
             return mean(selection.of_mask(mask).values())
 
-        objective = Objective(state.observations.curves, price, measured, partial(repaired, selection), state.align)
+        finalist = partial(repaired, selection, way=walked(state, model, FINALIST_WINDOWS))
+        objective = Objective(state.observations.curves, price, measured, finalist, state.align)
         tiers = plan_ladder(full, args.budgets_j, objective, args.search_seconds, args.seed, state.tick)
+        del finalist, objective  # they hold hidden states of every layer
 
         def behind(depth: int) -> Behind:
             def losses() -> ContinuationLoss:  # made when it is asked for, and not kept: it holds every layer's inputs

@@ -1,16 +1,19 @@
 """From joule budgets to masks: what every tier keeps, so that its plan fits and the continuation loses least.
 
-For every budget, from the largest down, a search runs over which layers go; the KV groups and FFN channels that still
+For every budget, from the smallest up, a search runs over which layers stay; the KV groups and FFN channels that still
 have to go follow from the curves of `importance.py` by loss added per joule saved, so every candidate *just fits*. A
 candidate's objective is nats per token: the measured continuation loss with its layers left out, behind the cache that
-the whole model has filled, plus what its curves say of the units cut. Finalists are repaired and measured for real,
-and the heuristic's own best is always among them, so the result is never worse than the start.
+the whole model has filled, plus what its curves say of the units cut. That ranks sets of layers, but misjudges depth
+against width, as repair mends a missing layer better than a narrow one. So finalists of every depth, from width alone
+to depth alone, are repaired and measured for real; the heuristic's own best is always among them, so the result is
+never worse than the start.
 
 Prices come from one function; nothing here knows a device.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +31,9 @@ from eopc_runtime.units import format_energy
 Price = Callable[[Mask], float]  # joules of the reference workload
 Loss = Callable[[Mask], float]  # nats per continuation token
 
-LAYER_STEPS = 8  # heuristic candidates differ by how many layers they drop
-DEPTHS = (1.0, 0.85, 0.7)  # finalists: the best, and the best with that share of its layers at most
+LAYER_STEPS = 8  # candidates of the heuristic differ by how many layers they drop
+LEAST_LAYERS = 1 / 6  # share of the layers that every tier keeps
+EMPTY = Mask(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,8 @@ def plan_ladder(
 ) -> tuple[TierPlan, ...]:
     """Decide the ladder: t0 dense, then a tier for every budget that the dense model exceeds, each inside the last.
 
+    From the smallest budget up: a small tier loses most, so it chooses first, and what it keeps the larger ones keep.
+
     Args:
         budgets_j: joules per sequence at the reference workload, any order.
         search_seconds: of evolution over the heuristic, for all tiers together; finalists are measured after it.
@@ -115,20 +121,21 @@ def plan_ladder(
     """
     price = objective.price
     dense_j = price(full)
+    below = sorted(b for b in budgets_j if dense_j > b)
+    floor = price(smallest_mask(full, objective.curves, objective.align))
+    if below and floor > below[0]:
+        raise BudgetError(
+            f"no tier of this model fits {format_energy(below[0])} at the reference workload: the smallest needs "
+            f"{format_energy(floor, round_up=True)}. Raise that budget, or shorten --workload."
+        )
+    tiers = list[TierPlan]()
+    for position, budget in enumerate(below):
+        inside = tiers[-1].mask if tiers else EMPTY
+        search = _Search(full, inside, budget, objective, random.Random(f"{seed}:{position}"), report)
+        tiers.append(search.run(search_seconds / len(below), clock))
     fitting = [b for b in budgets_j if dense_j <= b]
     note = "dense: fits its budget unpruned" if fitting else "dense: above every budget, reference and prefill tier"
-    tiers = [TierPlan(max(fitting, default=None), full, dense_j, objective.measured(full), note)]
-    below = sorted((b for b in budgets_j if dense_j > b), reverse=True)
-    floor = price(smallest_mask(full, objective.curves, objective.align))
-    for position, budget in enumerate(below):
-        if floor > budget:
-            raise BudgetError(
-                f"no tier of this model fits {format_energy(budget)} at the reference workload: the smallest needs "
-                f"{format_energy(floor, round_up=True)}. Raise that budget, or shorten --workload."
-            )
-        search = _Search(tiers[-1].mask, budget, objective, random.Random(f"{seed}:{position}"), report)
-        tiers.append(search.run(search_seconds / len(below), clock))
-    return tuple(tiers)
+    return TierPlan(max(fitting, default=None), full, dense_j, objective.measured(full), note), *reversed(tiers)
 
 
 def plan_masks(full: Mask, masks: Sequence[Mask], budgets_j: Sequence[float], price: Price) -> tuple[TierPlan, ...]:
@@ -153,111 +160,147 @@ def plan_masks(full: Mask, masks: Sequence[Mask], budgets_j: Sequence[float], pr
 
 
 class _Search:
-    """One tier's search: (mu + lambda) evolution over the set of layers kept, seeded by the heuristic."""
+    """One tier's search over the set of layers kept: a ladder of depths, and (mu + lambda) evolution seeded by it."""
 
     PARENTS, CHILDREN = 4, 8
 
     def __init__(
         self,
-        above: Mask,
+        full: Mask,
+        below: Mask,
         budget_j: float,
         objective: Objective,
         rng: random.Random,
         report: Callable[[str], None] | None,
     ) -> None:
-        self.above, self.budget_j, self.objective = above, budget_j, objective
+        self.full, self.below, self.budget_j, self.objective = full, below, budget_j, objective
         self.rng, self.report = rng, report
+        self.needed = frozenset(d.source_layer for d in below.layers)
         self.seen: dict[frozenset[int], tuple[float, Mask] | None] = {}
+        self.losses: dict[Mask, float] = {}  # of what was repaired and measured
 
     def run(self, seconds: float, clock: Callable[[], float]) -> TierPlan:
-        end = clock() + seconds
-        heuristic = self._best([self._judge(kept) for kept in self._heuristic()], 1)
+        end, objective = clock() + seconds, self.objective
+        curves, price = objective.curves, objective.price
+        starts = depth_steps(self.full, self.below, lambda m: price(m) <= self.budget_j, curves)
+        steps = [self._judge(frozenset(d.source_layer for d in m.layers)) for m in starts]
         while clock() < end:
             children = {self._mutate(kept) for kept in self._parents() for _ in range(self.CHILDREN // self.PARENTS)}
             fresh = [kept for kept in children if kept not in self.seen]
-            if not fresh and len(self.seen) >= 2 ** min(20, len(self.above.layers)) // 2:
+            if not fresh and len(self.seen) >= 2 ** min(20, len(self.full.layers) - len(self.needed)) // 2:
                 break  # a tiny model: everything has been tried
             for kept in fresh:
                 self._judge(kept)
                 if clock() >= end:
                     break
-            if self.report:
-                best = self._best(list(self.seen.values()), 1)[0]
-                self.report(f"{format_energy(self.budget_j)}: {len(self.seen)} candidates, best {best[0]:.3f} nats")
-        finalists = list(dict.fromkeys(m for _, m in self._finalists() + heuristic))
-        measured = [(self.objective.repaired(m), m) for m in finalists]
-        loss, best_mask = min(measured, key=lambda row: row[0])
-        price, judged = self.objective.price, {m: v for v, m in filter(None, self.seen.values())}
+            self._say(f"{len(self.seen)} candidates, best {self._ranked()[0][0]:.3f} nats")
+        best = self._measure(steps)
+        judged = {m: v for v, m in filter(None, self.seen.values())}
         rows = tuple(
             {"layers": float(len(m.layers)), "energy_j": price(m), "predicted_loss": judged[m], "loss": value}
-            for value, m in measured
+            for m, value in self.losses.items()
         )
         note = "pruned to its budget"
-        return TierPlan(self.budget_j, best_mask, price(best_mask), loss, note, rows, len(self.seen))
+        return TierPlan(self.budget_j, best, price(best), self.losses[best], note, rows, len(self.seen))
 
-    def _finalists(self) -> list[tuple[float, Mask]]:
-        """The best candidate, and the best ones with clearly fewer layers: predictions are worst across depths."""
-        rows = self._best(list(self.seen.values()), len(self.seen))
-        most = [share * len(rows[0][1].layers) for share in DEPTHS]
-        return [
-            next(r for r in rows if len(r[1].layers) <= n) for n in most if any(len(r[1].layers) <= n for r in rows)
-        ]
+    def _measure(self, steps: Sequence[tuple[float, Mask] | None]) -> Mask:
+        """The best of the finalists, repaired and measured: predictions rank sets of layers, but not depths.
 
-    def _heuristic(self) -> list[frozenset[int]]:
-        """The layers of the tier above, less 0 and then more and more of the least influential, up to two thirds."""
-        return [frozenset(d.source_layer for d in m.layers) for m in layer_steps(self.above, self.objective.curves)]
+        Every second step of depth, those beside the best of them, the steps' best prediction, and the best prediction
+        of all with no more layers than what was best so far.
+        """
+        depths = list(dict.fromkeys(m for _, m in filter(None, steps)))
+        self._repair(depths[::2])
+        middle = depths.index(self._best())
+        self._repair(depths[max(0, middle - 1) : middle + 2])
+        self._repair([min(filter(None, steps), key=lambda row: row[0])[1]])
+        most = len(self._best().layers)
+        self._repair([next(m for _, m in self._ranked() if len(m.layers) <= most)])
+        return self._best()
+
+    def _repair(self, masks: Sequence[Mask]) -> None:
+        for mask in masks:
+            if mask not in self.losses:
+                self.losses[mask] = self.objective.repaired(mask)
+                self._say(f"{len(mask.layers)} layers measured, {self.losses[mask]:.3f} nats")
+
+    def _best(self) -> Mask:
+        return min(self.losses, key=lambda mask: self.losses[mask])
+
+    def _say(self, text: str) -> None:
+        if self.report:
+            self.report(f"{format_energy(self.budget_j)}: {text}")
 
     def _judge(self, kept: frozenset[int]) -> tuple[float, Mask] | None:
         """The predicted loss and the mask of a set of layers, shrunk to the budget; None if it cannot fit."""
         if kept not in self.seen:
-            start = Mask(tuple(d for d in self.above.layers if d.source_layer in kept))
-            objective = self.objective
-            mask = shrink_to_budget(start, self.budget_j, objective.curves, objective.price, objective.align)
+            start = Mask(tuple(d for d in self.full.layers if d.source_layer in kept))
+            objective, below = self.objective, self.below
+            mask = shrink_to_budget(start, self.budget_j, objective.curves, objective.price, objective.align, below)
             self.seen[kept] = None if mask is None else (objective.predicted(mask), mask)
         return self.seen[kept]
 
-    def _best(self, rows: Sequence[tuple[float, Mask] | None], count: int) -> list[tuple[float, Mask]]:
-        return sorted((r for r in rows if r is not None), key=lambda row: row[0])[:count]
+    def _ranked(self) -> list[tuple[float, Mask]]:
+        return sorted((r for r in self.seen.values() if r is not None), key=lambda row: row[0])
 
     def _parents(self) -> list[frozenset[int]]:
-        best = self._best(list(self.seen.values()), self.PARENTS)
-        return [frozenset(d.source_layer for d in m.layers) for _, m in best]
+        return [frozenset(d.source_layer for d in m.layers) for _, m in self._ranked()[: self.PARENTS]]
 
     def _mutate(self, kept: frozenset[int]) -> frozenset[int]:
-        """Swap, take back or drop one layer or two."""
-        inside, outside = sorted(kept), sorted({d.source_layer for d in self.above.layers} - kept)
+        """Swap, take back or drop one layer or two, but none that the tier below keeps."""
+        inside, outside = sorted(kept - self.needed), sorted({d.source_layer for d in self.full.layers} - kept)
         for _ in range(self.rng.choice((1, 1, 2))):
             kind = self.rng.choice(("swap", "swap", "drop", "add"))
-            if kind in ("swap", "drop") and len(inside) > 1:
+            if kind in ("swap", "drop") and len(inside) + len(self.needed) > 1 and inside:
                 outside.append(inside.pop(self.rng.randrange(len(inside))))
             if kind in ("swap", "add") and outside:
                 inside.append(outside.pop(self.rng.randrange(len(outside) - (kind == "swap" and len(outside) > 1))))
-        return frozenset(inside)
+        return self.needed | frozenset(inside)
 
 
-def layer_steps(above: Mask, curves: Sequence[LayerCurves]) -> list[Mask]:
-    """`above` with 0, then more and more of its least influential layers dropped, up to two thirds of them."""
-    weakest = sorted(above.layers, key=lambda d: curves[d.source_layer].influence)
-    most = 2 * len(above.layers) // 3
-    masks = []
-    for step in range(LAYER_STEPS + 1):
-        drop = {d.source_layer for d in weakest[: round(most * step / LAYER_STEPS)]}
-        masks.append(Mask(tuple(d for d in above.layers if d.source_layer not in drop)))
-    return list(dict.fromkeys(masks))
+def depth_steps(full: Mask, below: Mask, fits: Callable[[Mask], bool], curves: Sequence[LayerCurves]) -> list[Mask]:
+    """`full` with 0, then ever more of its least influential layers dropped, to the first that fits by depth alone.
+
+    Layers of `below` stay, without one LEAST_LAYERS of all; at most LAYER_STEPS + 1 masks, evenly apart.
+    """
+    needed = {d.source_layer for d in below.layers}
+    weakest = sorted(full.layers, key=lambda d: curves[d.source_layer].influence)
+    going = [d.source_layer for d in weakest if d.source_layer not in needed]
+    least = len(needed) or math.ceil(LEAST_LAYERS * len(full.layers))
+    masks = list[Mask]()
+    for count in range(len(full.layers) - least + 1):
+        gone = set(going[:count])
+        masks.append(Mask(tuple(d for d in full.layers if d.source_layer not in gone)))
+        if fits(masks[-1]):
+            break
+    last = len(masks) - 1
+    return [masks[i] for i in sorted({round(last * step / LAYER_STEPS) for step in range(LAYER_STEPS + 1)})]
 
 
 def shrink_to_budget(
-    mask: Mask, budget_j: float, curves: Sequence[LayerCurves], price: Price, align: int
+    mask: Mask,
+    budget_j: float,
+    curves: Sequence[LayerCurves],
+    price: Price,
+    align: int,
+    below: Mask = EMPTY,
 ) -> Mask | None:
-    """Take KV groups and parcels of FFN channels, least loss per joule first, until it fits; None if it cannot."""
+    """Take KV groups and parcels of FFN channels, least loss per joule first, until it fits; None if it cannot.
+
+    Units that `below` keeps are not taken.
+    """
     excess = price(mask) - budget_j
     if excess <= 0:
         return mask
     parcels = {"kv_groups": 1, "ffn": align}
+    needed = {d.source_layer: d for d in below.layers}
     ahead: dict[Key, Curve] = {}
     for d in mask.layers:
-        ahead[d.source_layer, "kv_groups"] = curves[d.source_layer].kv_ahead(d)
-        ahead[d.source_layer, "ffn"] = curves[d.source_layer].ffn_ahead(d)
+        groups, channels = curves[d.source_layer].kv_ahead(d), curves[d.source_layer].ffn_ahead(d)
+        if least := needed.get(d.source_layer):
+            groups = groups[: d.num_key_value_heads - least.num_key_value_heads]
+            channels = channels[: (d.intermediate_size - least.intermediate_size) // align]
+        ahead[d.source_layer, "kv_groups"], ahead[d.source_layer, "ffn"] = groups, channels
     unit_j = {kind: price(mask) - price(_less_one(mask, kind, parcels[kind])) for kind in parcels}
     saving = {kind: joules / parcels[kind] for kind, joules in unit_j.items()}
     for _ in range(4):  # prices are not quite additive
@@ -298,8 +341,8 @@ def dual(mask: Mask, curves: Sequence[LayerCurves], price: Price, align: int) ->
 
 
 def smallest_mask(mask: Mask, curves: Sequence[LayerCurves], align: int) -> Mask:
-    """The least a tier may be: a third of the layers, one parcel of FFN channels and one KV group in each."""
-    fewest = layer_steps(mask, curves)[-1]
+    """The least a tier may be: LEAST_LAYERS of the layers, one parcel of FFN channels and one KV group in each."""
+    fewest = depth_steps(mask, EMPTY, lambda _mask: False, curves)[-1]
     return Mask(
         tuple(
             replace(d, num_key_value_heads=1, intermediate_size=min(align, d.intermediate_size)) for d in fewest.layers

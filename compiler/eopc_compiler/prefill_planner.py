@@ -114,7 +114,7 @@ def _with_depth(
         above = below[-1].mask if below else full
         kept = {d.source_layer for d in tier.mask.layers}
         start = Mask(tuple(d for d in above.layers if d.source_layer in kept))
-        mask = shrink_to_budget(start, tier.budget_j, curves, behind.price, align)
+        mask = shrink_to_budget(start, tier.budget_j, curves, behind.price, align, below=tier.mask)
         found = judge(tier, mask) if mask is not None else float("inf")
         if mask is not None and found < tier.loss - WORTH_HAVING:
             won += tier.loss - found

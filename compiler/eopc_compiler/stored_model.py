@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from eopc_compiler.calibration import CalibrationSet
 from eopc_compiler.cut import cut_weights
 from eopc_compiler.export import WeightTable
 from eopc_compiler.extras import EXTRAS_SHARE, own_matrices, rounding
-from eopc_compiler.handover import Repaired, repair_tier
+from eopc_compiler.handover import Met, Repaired, repair_tier, walk
 from eopc_compiler.importance import Report
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.model import Llama, build_model
@@ -105,19 +106,27 @@ def repair(
     most: int | None = None,
     report: Report | None = None,
     depth: int | None = None,
+    walked: Sequence[Met] | None = None,
 ) -> tuple[Llama, tuple[Repaired, ...]]:
     """A tier repaired on the calibration text, within its share of bytes of its own.
 
     Args:
         most: windows of a domain; None for all.
         depth: layers that prompts run through in the plan it is repaired for; None for all.
+        walked: what `walked` gives for as many windows, where prompts run through all layers.
     """
     assert state.calibration and state.storage and state.observations
     storage, config = state.storage, state.config
     limit = None if state.args.independent else EXTRAS_SHARE / max(1, len(state.args.budgets_j))
     own = own_matrices(config, mask, state.observations.curves, storage, limit)
     text = state.calibration.batches(most=most)
-    return repair_tier(model, mask, text, state.args.prompt_part, own, rounding(storage), report, depth)
+    return repair_tier(model, mask, text, state.args.prompt_part, own, rounding(storage), report, depth, walked)
+
+
+def walked(state: CompileState, model: Llama, most: int) -> tuple[Met, ...]:
+    """What the whole model does with the calibration text, for several repairs: hidden states of every layer."""
+    assert state.calibration
+    return tuple(walk(model, state.calibration.batches(most=most), state.args.prompt_part))
 
 
 def fit(

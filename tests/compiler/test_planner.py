@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -17,10 +17,11 @@ from eopc_compiler.config import LayerDims
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
 from eopc_compiler.planner import (
+    EMPTY,
     Objective,
     TierPlan,
+    depth_steps,
     dual,
-    layer_steps,
     plan_ladder,
     plan_masks,
     shrink_to_budget,
@@ -88,7 +89,7 @@ class Case:
 
     def heuristic(self, budget: float) -> list[Mask]:
         """Where the search starts: ever more of the least influential layers gone, the rest shrunk to fit."""
-        starts = layer_steps(self.full, self.curves)
+        starts = depth_steps(self.full, EMPTY, lambda mask: price(mask) <= budget, self.curves)
         return [m for m in (shrink_to_budget(s, budget, self.curves, price, ALIGN) for s in starts) if m]
 
     @property
@@ -228,7 +229,7 @@ def test_the_smallest_reachable_budget_itself_works(case: Case) -> None:
 
 
 def test_the_order_of_budgets_does_not_matter() -> None:
-    """Ladders are built from the largest budget down, however they were given."""
+    """Ladders are built from the smallest budget up, however they were given."""
     case = example()
     budgets = [case.between(depth) for depth in (0.2, 0.9, 0.6)]
     assert case.plan(budgets) == case.plan(sorted(budgets))
@@ -239,7 +240,8 @@ def test_progress_names_each_budget() -> None:
     case, heard = example(), list[str]()
     case.plan([2 * price(case.full), case.between(0.8), case.between(0.5)], seconds=40, report=heard.append)
     assert len({line.partition(":")[0] for line in heard}) == 2
-    assert all(re.search(r"\d+ candidates, best [\d.]+ nats", line) for line in heard)
+    told = [re.search(r"\d+ (candidates, best|layers measured,) [\d.]+ nats$", line) for line in heard]
+    assert {match[1] for match in told if match} == {"candidates, best", "layers measured,"} and all(told)
 
 
 def test_a_plan_survives_json() -> None:
@@ -288,11 +290,47 @@ def test_shrinking_copes_with_prices_that_are_not_additive() -> None:
         assert mask is not None and 0.8 * budget < concave(mask) <= budget
 
 
-def test_the_smallest_mask_is_a_third_of_the_layers_with_one_unit_each() -> None:
-    """Nine layers leave the three most influential, with one group and one parcel."""
+def test_the_smallest_mask_is_a_sixth_of_the_layers_with_one_unit_each() -> None:
+    """Nine layers leave the two most influential, with one group and one parcel."""
     case = Case([layer(i, [0.5], [0.25], 0.1 * i) for i in range(9)])
     smallest = smallest_mask(case.full, case.curves, ALIGN)
-    assert smallest == Mask(tuple(LayerDims(i, 1, ALIGN) for i in (6, 7, 8)))
+    assert smallest == Mask(tuple(LayerDims(i, 1, ALIGN) for i in (7, 8)))
+
+
+def test_depth_steps_go_from_width_alone_to_depth_alone_around_the_tier_below() -> None:
+    """Layers go by influence, not those of the tier below; the last step is the first that fits with none narrowed."""
+    case = Case([layer(i, [0.5], [0.25], 0.1 * i) for i in range(9)])
+    below = Mask((case.full.layers[0],))
+    budget = price(Mask(case.full.layers[:6]))
+    steps = depth_steps(case.full, below, lambda mask: price(mask) <= budget, case.curves)
+    assert [[d.source_layer for d in m.layers] for m in steps] == [[0, *range(1 + gone, 9)] for gone in range(4)]
+
+
+def test_units_of_the_tier_below_are_not_taken() -> None:
+    """A cut goes around what the tier below keeps, though it be the cheapest; where nothing else is left, None."""
+    case = Case([layer(0, [0.1], [0.1, 0.1]), layer(1, [0.9], [0.9, 0.9])])
+    below = Mask((replace(case.full.layers[0], num_key_value_heads=1),))
+    mask = shrink_to_budget(case.full, price(case.full) - 0.7 + HAIR, case.curves, price, ALIGN, below)
+    assert mask is not None and below.nested_in(mask)
+    assert mask.layers[0].intermediate_size == case.full.layers[0].intermediate_size
+    least = 1.0 + 2 * 0.5 + 2 * 0.3 + 0.1 * (6 + ALIGN)
+    assert shrink_to_budget(case.full, least + HAIR, case.curves, price, ALIGN, below) is not None
+    assert shrink_to_budget(case.full, least - 0.01, case.curves, price, ALIGN, below) is None
+
+
+def test_measured_depth_decides_where_predictions_mislead() -> None:
+    """Repair mends missing layers, not narrow ones: the tier goes by depth alone, though predictions say width."""
+    curves = [layer(i, [], [0.01, 0.01, 0.01], 0.5) for i in range(6)]
+    case = Case(curves)
+    budget = price(Mask(case.full.layers[:4]))
+
+    def repaired(mask: Mask) -> float:
+        return 1.0 + sum(8 - d.intermediate_size for d in mask.layers)
+
+    objective = replace(case.objective, repaired=repaired)
+    (_, tier) = plan_ladder(case.full, [budget], objective, 5, clock=Clock())
+    assert tier.loss == 1.0 and len(tier.mask.layers) == 4
+    assert case.objective.predicted(tier.mask) > min(row["predicted_loss"] for row in tier.considered)
 
 
 def test_given_masks_are_paired_with_the_budgets_below_dense() -> None:
