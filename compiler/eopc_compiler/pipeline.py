@@ -192,6 +192,9 @@ def plan_tiers(state: CompileState) -> CompileState:
             raise UsageError("--mask gives every tier, so --prefill-depth has no place. Leave one of them out.")
         orders, masks = read_masks(state.args.masks, state.config, state.align)
         return replace(state, orders=orders, plan=plan_masks(full, masks, state.args.budgets_j, price))
+    asked = isinstance(state.args.prefill_depth, int) or state.args.selectors == "on"
+    if price(full) <= min(state.args.budgets_j) and not asked:
+        return replace(state, plan=plan_masks(full, (), state.args.budgets_j, price))  # nothing to search
     inputs = {
         **repair_inputs(state),
         "observed": [asdict(c) for c in state.observations.curves],
@@ -210,18 +213,19 @@ def plan_tiers(state: CompileState) -> CompileState:
         model, text, args = deployed_model(state, storage), state.selection.batches(), state.args
         selection = ContinuationLoss(model, text, args.prompt_part)
 
-        def repaired(losses: ContinuationLoss, mask: Mask, way: tuple[Met, ...] | None = None) -> float:
+        def repaired(losses: ContinuationLoss, mask: Mask, way: Callable[[], tuple[Met, ...]] | None = None) -> float:
             count = state.counter("repairing a candidate")
-            tier, _ = repair(state, model, mask, FINALIST_WINDOWS, count, losses.depth, way)
+            tier, _ = repair(state, model, mask, FINALIST_WINDOWS, count, losses.depth, way and way())
             return mean(losses.of_tier(tier, mask).values())
 
         def measured(mask: Mask) -> float:
             return mean(selection.of_mask(mask).values())
 
-        finalist = partial(repaired, selection, way=walked(state, model, FINALIST_WINDOWS))
+        way = lru_cache(partial(walked, state, model, FINALIST_WINDOWS))  # where there are finalists, once
+        finalist = partial(repaired, selection, way=way)
         objective = Objective(state.observations.curves, price, measured, finalist, state.align)
         tiers = plan_ladder(full, args.budgets_j, objective, args.search_seconds, args.seed, state.tick)
-        del finalist, objective  # they hold hidden states of every layer
+        way.cache_clear()  # it holds hidden states of every layer
 
         def behind(depth: int) -> Behind:
             def losses() -> ContinuationLoss:  # made when it is asked for, and not kept: it holds every layer's inputs

@@ -133,21 +133,20 @@ def plan_ladder(
         inside = tiers[-1].mask if tiers else EMPTY
         search = _Search(full, inside, budget, objective, random.Random(f"{seed}:{position}"), report)
         tiers.append(search.run(search_seconds / len(below), clock))
-    fitting = [b for b in budgets_j if dense_j <= b]
-    note = "dense: fits its budget unpruned" if fitting else "dense: above every budget, reference and prefill tier"
-    return TierPlan(max(fitting, default=None), full, dense_j, objective.measured(full), note), *reversed(tiers)
+    return _dense(full, budgets_j, dense_j, objective.measured(full)), *reversed(tiers)
 
 
 def plan_masks(full: Mask, masks: Sequence[Mask], budgets_j: Sequence[float], price: Price) -> tuple[TierPlan, ...]:
     """The ladder of masks given by the user: t0 dense, then one tier per mask, each under the next smaller budget.
 
+    Losses are not measured: without masks, it is the ladder of the dense model alone.
+
     Raises:
         BudgetError: a mask is priced above the budget it is meant for.
     """
     dense_j = price(full)
-    fitting = [b for b in budgets_j if dense_j <= b]
     below = sorted((b for b in budgets_j if dense_j > b), reverse=True)
-    tiers = [TierPlan(max(fitting, default=None), full, dense_j, 0.0, "dense")]
+    tiers = [_dense(full, budgets_j, dense_j, 0.0)]
     for i, mask in enumerate(masks):
         budget, joules = below[i] if i < len(below) else None, price(mask)
         if budget is not None and joules > budget:
@@ -157,6 +156,12 @@ def plan_masks(full: Mask, masks: Sequence[Mask], budgets_j: Sequence[float], pr
             )
         tiers.append(TierPlan(budget, mask, joules, 0.0, "mask given"))
     return tuple(tiers)
+
+
+def _dense(full: Mask, budgets_j: Sequence[float], dense_j: float, loss: float) -> TierPlan:
+    fitting = [b for b in budgets_j if dense_j <= b]
+    note = "dense: fits its budget unpruned" if fitting else "dense: above every budget, reference and prefill tier"
+    return TierPlan(max(fitting, default=None), full, dense_j, loss, note)
 
 
 class _Search:

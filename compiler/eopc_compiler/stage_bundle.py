@@ -42,7 +42,8 @@ from eopc_runtime.runners.ort import OrtTier
 def write_plan(state: CompileState) -> Path:
     """Write plan.json: what was decided and why. Beside the output for --dry-run, in the work folder otherwise."""
     assert state.storage and state.dialect and state.checkpoint
-    dense, given = state.plan[0], bool(state.args.masks)  # losses of given masks are not measured
+    dense = state.plan[0]
+    unmeasured = bool(state.args.masks) or len(state.plan) == 1  # losses are measured where a search compares them
     content = {
         "schema": 1,
         "model": state.checkpoint.name,
@@ -61,8 +62,8 @@ def write_plan(state: CompileState) -> Path:
                 "budget_j": t.budget_j,
                 "energy_j": t.energy_j,
                 "energy_saved_j": dense.energy_j - t.energy_j,
-                "selection_loss": None if given else t.loss,
-                "loss_added": None if given else t.loss - dense.loss,
+                "selection_loss": None if unmeasured else t.loss,
+                "loss_added": None if unmeasured else t.loss - dense.loss,
                 "nats_per_joule": _dual(state, t),
                 "note": t.note,
                 "plan": plan_label(t.prefill, i),
