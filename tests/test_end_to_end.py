@@ -5,9 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
+import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +26,8 @@ pytestmark = [
 ]
 
 QUESTION = "What is the capital of France?"
-CORPORA = Path(__file__).parents[2] / "shared" / "data" / "corpora"  # optional text beside a checkout
+ROOT = Path(__file__).parents[1]
+CORPORA = ROOT.parent / "shared" / "data" / "corpora"  # optional text beside a checkout
 
 
 def eopc(*args: str, block: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -40,11 +47,46 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
     yield output, eopc("build", "--device", "orin", "--budgets", "5,10,20J", "-o", str(output))
 
 
+@dataclass(frozen=True)
+class Newcomer:
+    """What someone has who has typed the README's commands for a served answer."""
+
+    bundle: Path
+    answer: dict[str, Any]
+    commands: list[str]
+
+
 @pytest.fixture(scope="module")
-def cpu_built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The default model for this machine's CPU in int8, which is what `auto` chooses there."""
-    output = tmp_path_factory.mktemp("cpu") / "smollm2-cpu.eopc"
-    yield output, eopc("build", "--device", "cpu", "--budgets", "1000J", "--precision", "int8", "-o", str(output))
+def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Newcomer]:
+    """The README's commands, as they stand there but for the port, in a copy of the project and an empty folder."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    (block,) = (text for text in blocks if "eopc serve quick.eopc" in text)
+    folder = tmp_path_factory.mktemp("newcomer") / "eopc"
+    parts = shutil.ignore_patterns("*.eopc*", "__pycache__", ".*")
+    for name in ("runtime", "compiler"):
+        shutil.copytree(ROOT / name, folder / name, ignore=parts)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        script = "set -e\n" + block.replace("8080", str(free.getsockname()[1]))
+    with (folder / "said.log").open("w") as said:
+        shell = subprocess.Popen(
+            ["bash", "-c", script], cwd=folder, stdout=subprocess.PIPE, stderr=said, text=True, start_new_session=True
+        )
+        assert shell.stdout is not None
+        try:
+            lines = [line for line in shell.stdout if line.startswith("{")]  # the server, left behind, holds no pipe
+            assert shell.wait() == 0, (folder / "said.log").read_text("utf-8")[-2000:]
+        finally:
+            os.killpg(shell.pid, signal.SIGTERM)
+    yield Newcomer(folder / "quick.eopc", json.loads(lines[-1]), block.splitlines())
+
+
+@pytest.fixture(scope="module")
+def cpu_built(newcomer: Newcomer) -> tuple[Path, dict[str, Any]]:
+    """The default model for this machine's CPU in int8, as `auto` chooses there: what the newcomer has built."""
+    return newcomer.bundle, json.loads((newcomer.bundle / "manifest.json").read_text(encoding="utf-8"))
 
 
 def test_three_budgets_are_three_tiers_priced_within_them(built: tuple[Path, dict[str, Any]]) -> None:
@@ -84,6 +126,14 @@ def test_t0_answers_without_torch_in_the_process(built: tuple[Path, dict[str, An
     assert result["tier"] == "t0"
     assert result["energy_j"] <= 10.0
     expect_paris(built[0], result["text"])
+
+
+def test_a_newcomer_has_a_served_answer_within_its_budget(newcomer: Newcomer) -> None:
+    """A clean environment, the project, and the README's lines: the server answers, and says what it spent of 60 J."""
+    assert [line.split()[0] for line in newcomer.commands] == ["python3", "pip", "eopc", "eopc", "curl"]
+    usage = newcomer.answer["usage"]
+    assert newcomer.answer["choices"][0]["message"]["content"]
+    assert 0 < usage["energy_j"] <= 60 == usage["energy"]["budget_j"]
 
 
 def test_t0_on_the_cpu_answers_with_rounded_inputs(cpu_built: tuple[Path, dict[str, Any]]) -> None:
@@ -191,24 +241,22 @@ def test_int8_perplexity_is_within_half_a_percent_of_torch(
 
     from eopc_compiler.checkpoint import open_checkpoint
     from eopc_compiler.model import build_model
+    from eopc_compiler.sequences import mean_loss
 
     checkpoint = open_checkpoint(None)
     tokenizer = checkpoint.tokenizer()
     model = build_model(checkpoint.config, {n: checkpoint.tensor(n) for n in checkpoint.tensor_names})
-    windows, length = 8, 512  # the standard error of one domain's ratio is about 0.2 %
-    ratios: dict[Path, list[float]] = {built[0]: [], cpu_built[0]: []}
+    windows, length = 6, 512  # the standard error of one domain's ratio is about 0.25 %
+    texts, limit = list[str](), str(windows * length)
+    want = list[float]()
     for name in ("wiki", "code", "maths"):
         file = tmp_path / f"{name}.txt"
         file.write_text(corpus(name), encoding="utf-8")
+        texts += ["--text", f"{name}={file}"]
         ids = torch.tensor(tokenizer.encode(corpus(name))[: windows * length]).view(windows, length)
-        total = 0.0
-        for window in ids:
-            logits = model.score(window[None])[0]
-            total += float(torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="sum"))
-        want, limit = math.exp(total / (windows * (length - 1))), str(windows * length)
-        for bundle, found in ratios.items():
-            (row,) = eopc("eval", str(bundle), "--text", str(file), "--tier", "t0", "--max-tokens", limit)["tiers"]
-            found.append(row["perplexity"] / want)
-    for found in ratios.values():
-        assert max(found) <= 1.01
-        assert math.prod(found) ** (1 / 3) <= 1.005
+        want.append(math.exp(mean_loss(model, ids)))
+    for bundle in (built[0], cpu_built[0]):
+        (row,) = eopc("eval", str(bundle), *texts, "--tier", "t0", "--max-tokens", limit)["tiers"]
+        ratios = [text["perplexity"] / dense for text, dense in zip(row["texts"].values(), want, strict=True)]
+        assert max(ratios) <= 1.01
+        assert math.prod(ratios) ** (1 / 3) <= 1.005

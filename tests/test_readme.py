@@ -14,7 +14,7 @@ from eopc_runtime.cli import cli
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
-SEPARATORS = {"&&", "||", ";", "|"}
+SEPARATORS = {"&&", "||", ";", "|", "&"}
 
 
 def shell_commands(markdown: str) -> list[list[str]]:

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from dataclasses import fields as dataclass_fields
 
 from eopc_runtime.errors import BundleError, DeviceError
-from eopc_runtime.jsonfields import Fields, did_you_mean, plain
+from eopc_runtime.jsonfields import Fields, did_you_mean, plain, shown
 from eopc_runtime.profiles import DeviceProfile
 from eopc_runtime.provenance import Calibration, Identity
 
@@ -108,15 +108,17 @@ class TierEnergy:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise BundleError(
-                    f"The energy of tier {self.tier} has {name} = {value}, but coefficients are finite "
+                    f"The energy of tier {shown(self.tier)} has {name} = {value}, but coefficients are finite "
                     f"and not negative. Build or calibrate the bundle again."
                 )
         if not (math.isfinite(self.uncredited_j) and self.uncredited_j <= 0):
-            raise BundleError(f"The energy of tier {self.tier} has uncredited_j = {self.uncredited_j}, but at most 0.")
+            raise BundleError(
+                f"The energy of tier {shown(self.tier)} has uncredited_j = {self.uncredited_j}, but at most 0."
+            )
         _check_source(self.source)
         if self.step_j(1, 1) == 0 or self.prefill_j(1) == 0:
             raise BundleError(
-                f"The energy of tier {self.tier} is zero for a whole phase, which cannot be. "
+                f"The energy of tier {shown(self.tier)} is zero for a whole phase, which cannot be. "
                 f"Build or calibrate the bundle again."
             )
 
@@ -181,7 +183,9 @@ class EnergyTable:
             raise BundleError("The energy table has no tier. Build the bundle again.")
         for i, tier in enumerate(self.tiers):
             if tier.tier != f"t{i}":
-                raise BundleError(f"The energy table has {tier.tier} where t{i} belongs. Build the bundle again.")
+                raise BundleError(
+                    f"The energy table has {shown(tier.tier)} where t{i} belongs. Build the bundle again."
+                )
             if tier.source != self.source:
                 raise BundleError(
                     f"The energy of {tier.tier} is {tier.source}, that of the table {self.source}. "
@@ -405,7 +409,9 @@ def _read_tier(fields: Fields, schema: int) -> TierEnergy:
 def _check_modes(table: EnergyTable) -> None:
     names = [t.mode for t in table.modes()]
     if None in names or len(set(names)) < len(names):
-        raise BundleError(f"A table of several power modes must name each once, not {names}. Calibrate again.")
+        raise BundleError(
+            f"A table of several power modes must name each once, not {shown(str(names))}. Calibrate again."
+        )
     if any(other.other_modes or other.device != table.device for other in table.other_modes):
         raise BundleError("The power modes of a table belong to one device, and stand side by side.")
     if any(len(other.tiers) != len(table.tiers) for other in table.other_modes):
@@ -415,4 +421,4 @@ def _check_modes(table: EnergyTable) -> None:
 def _check_source(source: str) -> None:
     if source not in ENERGY_SOURCES:
         near = did_you_mean(source, ENERGY_SOURCES)
-        raise BundleError(f'The energy source "{source}" is not one of {", ".join(ENERGY_SOURCES)}.{near}')
+        raise BundleError(f'The energy source "{shown(source)}" is not one of {", ".join(ENERGY_SOURCES)}.{near}')

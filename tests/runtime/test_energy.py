@@ -233,6 +233,7 @@ def test_a_table_survives_its_json(triples, margin):
         (lambda o: o.update(source="measured"), "Sources may not be mixed"),
         (lambda o: o.update(tiers=[]), "no tier"),
         (lambda o: o["tiers"].reverse(), "where t0 belongs"),
+        (lambda o: o["tiers"][0].update(tier="t0\n\x1b[2J"), "has t0??[2J where t0 belongs"),
         (lambda o: o["tiers"][1].update(step_j0=-1), "tiers[1]"),
         (lambda o: o["tiers"][0].update(step_j2=0.0), 'unknown key "step_j2"'),
         (lambda o: o["tiers"][0].update(step_jn=float("inf")), "finite"),
