@@ -12,6 +12,8 @@ from starlette.types import ASGIApp
 from eopc_runtime.errors import DeviceError
 from eopc_runtime.serve.service import Service
 
+_BACKLOG = 128
+
 
 def bind(host: str, port: int) -> socket.socket:
     """Return a listening socket; port 0 takes a free one. DeviceError when it is taken or may not be used."""
@@ -20,6 +22,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(_BACKLOG)  # who connects before the server runs is answered a little later, not refused
     except (OSError, OverflowError) as error:
         listener.close()
         raise DeviceError(f"{host} port {port} cannot be listened on ({error}). Name another with --port.") from error
