@@ -30,6 +30,8 @@ from eopc_compiler.sequences import (
 from eopc_compiler.surgery import Moments, repair, sum_moments
 from eopc_compiler.tier_model import tier_view
 
+KEPT_EVERY = 5  # layers: all hidden states would take as much memory as a small model, and save little time
+
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
@@ -57,7 +59,7 @@ class ContinuationLoss:
         self.model, self.batches, self.prompt, self.depth = model, batches, prompt, depth
         self.evaluations = 0
         self._past: list[list[Past]] = []  # per batch, per source layer
-        self._inputs: list[list[Tensor]] = []  # hidden states [n, S - prompt, hidden] in front of every source layer
+        self._inputs: list[list[Tensor]] = []  # [n, S - prompt, hidden] in front of source layers 0, KEPT_EVERY, ...
         with torch.no_grad(), fast_math():
             for _, _, tokens in batches:
                 x, cache = model.model.embed_tokens(tokens), PromptCache(model, prompt, depth)
@@ -65,7 +67,8 @@ class ContinuationLoss:
                 for index, layer in enumerate(model.blocks):
                     past, behind = cache.enter(index, x)
                     pasts.append(past)
-                    inputs.append(behind.clone())
+                    if index % KEPT_EVERY == 0:
+                        inputs.append(behind.clone())
                     if index < cache.depth:
                         x = run_layer(model, layer, x)
                 self._past.append(pasts)
@@ -82,7 +85,9 @@ class ContinuationLoss:
         totals, counts = dict[int, float](), dict[int, int]()
         start = self._shared(tier, mask)
         for index, (domain, _, tokens) in enumerate(self.batches):
-            x = self._inputs[index][start]  # behind the shared layers, whatever the tier leaves out after them
+            x = self._inputs[index][
+                start // KEPT_EVERY
+            ]  # behind the shared layers, whatever the tier leaves out after them
             with fast_math():
                 for dims, layer in list(zip(mask.layers, tier.blocks, strict=True))[start:]:
                     past = inherited(self._past[index][dims.source_layer], dims.num_key_value_heads)
@@ -93,7 +98,7 @@ class ContinuationLoss:
         return {domain: totals[domain] / counts[domain] for domain in totals}
 
     def _shared(self, tier: Llama, mask: Mask) -> int:
-        """How many of the tier's first layers are those of the whole model; the last one kept is always run."""
+        """How many of the tier's first layers need not be run: those of the whole model, to where inputs are kept."""
         count = 0
         for dims, whole, ours, theirs in zip(
             mask.layers, self.model.config.layers, tier.blocks, self.model.blocks, strict=False
@@ -101,7 +106,7 @@ class ContinuationLoss:
             if dims != whole or not _same(ours.mlp.down_proj, theirs.mlp.down_proj):
                 break
             count += 1
-        return min(count, len(mask.layers) - 1)
+        return min(count, len(mask.layers) - 1) // KEPT_EVERY * KEPT_EVERY
 
 
 def _same(ours: Projection, theirs: Projection) -> bool:
@@ -122,6 +127,11 @@ class Met:
 
     pasts: tuple[Past, ...]  # the prompt's keys and values in that layer
     hidden: tuple[Tensor, ...]  # hidden states [n, S - prompt, hidden] behind the prompt
+
+    def halved(self) -> Met:
+        """The same to keep: hidden states in half precision, which a repair's targets bear, unless one is too large."""
+        halves = [x.half() for x in self.hidden]
+        return Met(self.pasts, tuple(h if h.isfinite().all() else x for h, x in zip(halves, self.hidden, strict=True)))
 
 
 def walk(model: Llama, batches: Sequence[Batch], prompt: int, depth: int | None = None) -> Iterator[Met]:
@@ -171,7 +181,7 @@ def repair_tier(
     tier, repaired = tier_view(model, mask), list[Repaired]()
     way = enumerate(walked if walked is not None else walk(model, batches, prompt, depth))
     at, met = next(way)
-    ours = list(met.hidden)
+    ours = [x.float() for x in met.hidden]
     for position, (dims, layer) in enumerate(zip(mask.layers, tier.blocks, strict=True)):
         while at < dims.source_layer:
             at, met = next(way)
@@ -181,7 +191,7 @@ def repair_tier(
         middle = [add_attention(tier, layer, x, past) for x, past in zip(ours, pasts, strict=True)]
         inputs = [ffn_inputs(layer, x) for x in middle]
         if needs_repair(mask, position, model):
-            targets = [whole - x for whole, x in zip(met.hidden, middle, strict=True)]
+            targets = [whole.float() - x for whole, x in zip(met.hidden, middle, strict=True)]
             moments = sum_moments(batches, inputs, targets).moments()
             fresh = _fit(layer, dims.source_layer, moments, dims.source_layer in own, round_weight)
             repaired.append(fresh)

@@ -67,7 +67,7 @@ def keys_and_values(model: Llama, layer: Block, x: Tensor, start: int = 0) -> Pa
     if not length:
         return (x.new_zeros(batch, layer.self_attn.kv_heads, 0, layer.self_attn.head_dim),) * 2
     _, k, v, _ = layer.self_attn.project(layer.input_layernorm(x), _rotary(model, batch, start, length))
-    return k, v
+    return k.contiguous(), v.contiguous()  # not views that would keep the queries too
 
 
 def _rotary(model: Llama, batch: int, start: int, length: int) -> Rotary:

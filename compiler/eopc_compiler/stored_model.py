@@ -126,7 +126,7 @@ def repair(
 def walked(state: CompileState, model: Llama, most: int) -> tuple[Met, ...]:
     """What the whole model does with the calibration text, for several repairs: hidden states of every layer."""
     assert state.calibration
-    return tuple(walk(model, state.calibration.batches(most=most), state.args.prompt_part))
+    return tuple(met.halved() for met in walk(model, state.calibration.batches(most=most), state.args.prompt_part))
 
 
 def fit(
