@@ -26,7 +26,7 @@ def shell_commands(markdown: str) -> list[list[str]]:
             if word not in SEPARATORS:
                 command.append(word)
             elif command:
-                found.append(command)
+                found.append(command[: command.index(">")] if ">" in command else command)
                 command = []
     return found
 
