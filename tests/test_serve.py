@@ -173,7 +173,34 @@ def test_sigterm_finishes_what_runs(tiny_bundle: Path, tmp_path: Path) -> None:
         assert spent_j == pytest.approx(pieces[-1].energy_j)
 
 
-def test_kill_9_of_the_server_leaves_an_account_and_the_next_start_works(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_kill_9_in_mid_stream_leaves_an_account_and_the_next_start_works(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Three times, a little later each: the account never has less than was said to be spent; a client sees the end."""
+    said_j = 0.0
+    for round_ in range(3):
+        process = Process(tiny_bundle, "--allowance", "1000J/day", folder=tmp_path)
+        done = process.client().chat.completions.create(**ASK, max_tokens=3)
+        said_j += done.usage.energy_j
+        stream = process.client().chat.completions.create(**ASK, max_tokens=200, stream=True)
+        with pytest.raises((openai.APIError, httpx.HTTPError)):
+            for count, chunk in enumerate(stream):
+                last_j = getattr(chunk, "energy_j", None) or 0.0
+                if count == 2 + 3 * round_:
+                    process.signal(signal.SIGKILL)
+                    time.sleep(0.2)
+        said_j += last_j
+        process.end()
+        spent_j = json.loads((tmp_path / "allowance.json").read_text())["windows"]["day"]["spent_j"]
+        assert said_j <= spent_j < 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["allowance.json", "allowance.lock"]
+    with running(tiny_bundle, "--allowance", "1000J/day", folder=tmp_path) as process:
+        assert "left." in process.said[0]
+        live = httpx.get(f"{process.url}/live", headers={"Authorization": f"Bearer {KEY}"}).json()
+        assert live["allowances"][0]["left_j"] == pytest.approx(1000 - spent_j)
+
+
+def test_kill_9_of_the_server_at_random_leaves_an_account_and_the_next_start_works(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
     """At random moments: the account never has less than was said to be spent, no file piles up."""
     said_j, spent_j, cut = 0.0, 0.0, 0
     for round_ in range(KILLS):
@@ -195,8 +222,8 @@ def test_kill_9_of_the_server_leaves_an_account_and_the_next_start_works(tiny_bu
         timer.join()
         process.end()
         spent_j = json.loads((tmp_path / "allowance.json").read_text())["windows"]["day"]["spent_j"]
-        assert said_j <= spent_j * (1 + 1e-12)
-    assert cut or KILLS < 10  # some died in mid-stream
+        assert said_j <= spent_j * (1 + 1e-12)  # the same joules summed in another order
+    assert cut or KILLS < 10  # of so many, some died in mid-stream
     with running(tiny_bundle, "--allowance", "1000kJ/day", folder=tmp_path) as process:
         assert "left." in process.said[0]
         process.client().chat.completions.create(**ASK, max_tokens=3)

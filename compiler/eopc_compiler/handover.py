@@ -85,9 +85,7 @@ class ContinuationLoss:
         totals, counts = dict[int, float](), dict[int, int]()
         start = self._shared(tier, mask)
         for index, (domain, _, tokens) in enumerate(self.batches):
-            x = self._inputs[index][
-                start // KEPT_EVERY
-            ]  # behind the shared layers, whatever the tier leaves out after them
+            x = self._inputs[index][start // KEPT_EVERY]  # behind shared layers, whatever the tier leaves out after
             with fast_math():
                 for dims, layer in list(zip(mask.layers, tier.blocks, strict=True))[start:]:
                     past = inherited(self._past[index][dims.source_layer], dims.num_key_value_heads)

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean as mean
 from typing import Literal
@@ -37,6 +37,7 @@ from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_pa
 from eopc_compiler.state import CompileState, PrecisionTrial
 from eopc_compiler.stored_model import (
     added_loss,
+    calibration_walk,
     dense_model,
     deployed_model,
     fit,
@@ -44,7 +45,6 @@ from eopc_compiler.stored_model import (
     repair,
     repair_inputs,
     stored_weights,
-    walked,
 )
 from eopc_compiler.tier_graphs import tier_path, write_graphs
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
@@ -213,19 +213,22 @@ def plan_tiers(state: CompileState) -> CompileState:
         model, text, args = deployed_model(state, storage), state.selection.batches(), state.args
         selection = ContinuationLoss(model, text, args.prompt_part)
 
-        def repaired(losses: ContinuationLoss, mask: Mask, way: Callable[[], tuple[Met, ...]] | None = None) -> float:
+        def repaired(losses: ContinuationLoss, mask: Mask, walked: tuple[Met, ...] | None = None) -> float:
             count = state.counter("repairing a candidate")
-            tier, _ = repair(state, model, mask, FINALIST_WINDOWS, count, losses.depth, way and way())
+            tier, _ = repair(state, model, mask, FINALIST_WINDOWS, count, losses.depth, walked)
             return mean(losses.of_tier(tier, mask).values())
 
         def measured(mask: Mask) -> float:
             return mean(selection.of_mask(mask).values())
 
-        way = lru_cache(partial(walked, state, model, FINALIST_WINDOWS))  # where there are finalists, once
-        finalist = partial(repaired, selection, way=way)
+        walk = lru_cache(lambda: calibration_walk(state, model, FINALIST_WINDOWS))  # once, where there are finalists
+
+        def finalist(mask: Mask) -> float:
+            return repaired(selection, mask, walk())
+
         objective = Objective(state.observations.curves, price, measured, finalist, state.align)
         tiers = plan_ladder(full, args.budgets_j, objective, args.search_seconds, args.seed, state.tick)
-        way.cache_clear()  # it holds hidden states of every layer
+        walk.cache_clear()  # it holds hidden states of every layer
 
         def behind(depth: int) -> Behind:
             def losses() -> ContinuationLoss:  # made when it is asked for, and not kept: it holds every layer's inputs

@@ -113,7 +113,7 @@ def repair(
     Args:
         most: windows of a domain; None for all.
         depth: layers that prompts run through in the plan it is repaired for; None for all.
-        walked: what `walked` gives for as many windows, where prompts run through all layers.
+        walked: what `calibration_walk` gives for as many windows, where prompts run through all layers.
     """
     assert state.calibration and state.storage and state.observations
     storage, config = state.storage, state.config
@@ -123,7 +123,7 @@ def repair(
     return repair_tier(model, mask, text, state.args.prompt_part, own, rounding(storage), report, depth, walked)
 
 
-def walked(state: CompileState, model: Llama, most: int) -> tuple[Met, ...]:
+def calibration_walk(state: CompileState, model: Llama, most: int) -> tuple[Met, ...]:
     """What the whole model does with the calibration text, for several repairs: hidden states of every layer."""
     assert state.calibration
     return tuple(met.halved() for met in walk(model, state.calibration.batches(most=most), state.args.prompt_part))
