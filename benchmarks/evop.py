@@ -167,7 +167,7 @@ def speed(args: argparse.Namespace) -> Result:
 def heldout(args: argparse.Namespace) -> Result:
     """Patterns of search and baselines, chosen on the same windows with the same evaluations, on text not seen."""
     loaded = load(args)
-    unseen = build_calibration(loaded.tokenizer, loaded.domains, args.windows, args.window, 0, "heldout").domains
+    unseen = build_calibration(loaded.tokenizer, loaded.domains, args.judges, args.window, 0, "heldout").domains
     judges = {name: Fitness(ModelLosses(loaded.model, [w], model_key=loaded.key)) for name, w in unseen}
     dense = Pattern(loaded.layers, False, ())
     rows: list[Result] = [judged("dense", 0, dense, 0, math.nan, judges)]
@@ -192,7 +192,8 @@ def heldout(args: argparse.Namespace) -> Result:
         [summary_row(m, rows, list(judges)) for m in methods],
         args,
     )
-    return {"model": loaded.name, "remove": args.remove, "dtype": args.dtype, "windows": args.windows, "rows": rows}
+    setting = {"remove": args.remove, "dtype": args.dtype, "windows": args.windows, "judges": args.judges}
+    return {"model": loaded.name, **setting, "rows": rows}
 
 
 def judged(
@@ -350,6 +351,7 @@ def parse() -> argparse.Namespace:
     known["heldout"].add_argument("--seeds", type=int, default=3)
     known["heldout"].add_argument("--windows", type=int, default=2, help="per text")
     known["heldout"].add_argument("--window", type=int, default=256, help="tokens")
+    known["heldout"].add_argument("--judges", type=int, default=8, help="windows per text that patterns are judged on")
     known["heldout"].add_argument("--also", action="append", choices=["epps"], default=[], help="searched as well")
     return parser.parse_args()
 
