@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eopc_runtime.bundle import Manifest
-from eopc_runtime.chat import ChatTemplate
+from eopc_runtime.chat import ChatTemplate, check_messages
 from eopc_runtime.energy import EnergyTable, TierEnergy
 from eopc_runtime.energy_model.rows import read_measurements
 from eopc_runtime.errors import BundleError, EopcError
@@ -20,6 +20,7 @@ from eopc_runtime.mask import Mask
 from eopc_runtime.power.boards import list_boards
 from eopc_runtime.power.tegrastats_log import read_log
 from eopc_runtime.sequence_record import read_records
+from eopc_runtime.serve.requests import parse_ask, parse_body
 from eopc_runtime.signature import Signature
 from eopc_runtime.tokenizer import Tokenizer
 
@@ -76,6 +77,19 @@ def read_tokenizer(data: bytes) -> None:
         tokenizer = Tokenizer.open(folder)
         ids = tokenizer.encode("Hello, w\u00f6rld 123\n")
         tokenizer.decode(ids[:20])
+
+
+def read_request(data: bytes) -> None:
+    """Bodies of both endpoints, as far as the text that would be read."""
+    body = parse_body(data)
+    ask = parse_ask(body, chat="messages" in body)
+    texts = [json.dumps(message) for message in check_messages(ask.messages)] if ask.chat else ask.prompts
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.json").write_bytes(seed("tokenizer"))
+        tokenizer = Tokenizer.open(folder)
+    for text in texts:
+        if isinstance(text, str):
+            tokenizer.encode(text)
 
 
 def read_csv(data: bytes) -> None:
@@ -174,6 +188,13 @@ TEMPLATES = (
     b"{{ 'a'.join(['b', 'c']) ~ messages[-1].content[:3] | upper }}{% generation %}x{% endgeneration %}"
     b"{% for x in range(9) %}{% if x > 3 %}{% break %}{% endif %}{{ x }}{% endfor %}",
 )
+BODIES = (
+    b'{"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "stream": true, '
+    b'"stream_options": {"include_usage": true}, "max_completion_tokens": 4, "energy_budget_j": 2.5, "seed": 1, '
+    b'"stop": ["a", "b"], "logprobs": true, "top_logprobs": 2, "temperature": 0.5, "top_p": 0.9, "n": 1}',
+    b'{"model": "m", "prompt": ["a", "ll"], "max_tokens": 0, "echo": true, "logprobs": 1, "stop": "x", "user": "u"}',
+    b'{"model": "m", "prompt": [[1, 2], [3]], "max_tokens": 8, "top_k": 4, "min_p": 0.1, "suffix": null}',
+)
 LINES = (
     b"11-29-2026 02:30:01 RAM 2448/7620MB (lfb 5x4MB) SWAP 0/3810MB (cached 0MB) CPU [3%@729,off] EMC_FREQ 0%@2133 "
     b"cpu@45.5C VDD_IN 4012mW/4012mW VDD_CPU_GPU_CV 559mW/559mW VDD_SOC 1399mW/1399mW\n",
@@ -205,6 +226,7 @@ TARGETS: dict[str, Target] = {
     "graph": Target(lambda data: check_graph(data, "model.onnx", {"weights.bin": 64}), (GRAPH, b"")),
     "tegrastats": Target(tegrastats, (LINES[0] * 2 + LINES[1], LINES[2] * 3)),
     "template": Target(lambda data: ChatTemplate(text_of(data)).render(MESSAGES), TEMPLATES),
+    "request": Target(read_request, BODIES, is_json=True),
     "csv": Target(read_csv, (b"n_in,n_out,energy_j,batch\n16,8,2.5,1\n64,8,3.5,1\n",)),
     "sequences": Target(
         lambda data: read_records(text_of(data).splitlines(keepends=True), "log"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eopc_runtime.errors import UsageError
-from eopc_runtime.jsonfields import did_you_mean
+from eopc_runtime.jsonfields import did_you_mean, shown
 from eopc_runtime.sampling import SamplingParams
 from eopc_runtime.serve.api_error import ApiError
 from eopc_runtime.stopping import check_stops
@@ -96,7 +96,7 @@ def parse_ask(body: Mapping[str, Any], *, chat: bool) -> Ask:
             continue
         if name not in NEUTRAL:
             near = did_you_mean(name, sorted(known))
-            raise _bad(name, f'There is no field "{name}".{near}', code="unknown_field")
+            raise _bad(name, f'There is no field "{shown(name)}".{near}', code="unknown_field")
         if not any(allowed is _ANY or _same(value, allowed) for allowed in NEUTRAL[name]):
             served = " or ".join(json.dumps(v) for v in NEUTRAL[name])
             raise _bad(name, f'"{name}" is served only with {served}. Leave it out.', code="unsupported_field")
@@ -105,7 +105,8 @@ def parse_ask(body: Mapping[str, Any], *, chat: bool) -> Ask:
     options = _Reader(read.typed("stream_options", dict, "an object", {}), "stream_options.")
     for name in options.body:
         if name not in ("include_usage", "include_obfuscation"):
-            raise _bad(f"stream_options.{name}", f'There is no field "stream_options.{name}".', code="unknown_field")
+            said = f'There is no field "stream_options.{shown(name)}".'
+            raise _bad(f"stream_options.{name}", said, code="unknown_field")
     if "stream_options" in body and not stream:
         raise _bad("stream_options", '"stream_options" needs "stream": true.')
     ask = Ask(
