@@ -12,6 +12,7 @@ is text of the same domains, drawn anew with every seed. At the same number of c
     chosen      four fifths fixed, the rest chosen by the prompt, maps as they are
     chosen fit  the same, down_proj fitted to the choices
     random fit  four fifths fixed, the rest drawn once, fitted
+    trained     (with --steps) chosen fit, what ranks the channels trained for so many steps, fitted again
 
 Speeds are medians, both tiers in turn in one process.
 """
@@ -22,6 +23,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import click
@@ -29,11 +31,13 @@ import torch
 from corpora import add_corpora_option, calibration_set, evaluation_windows
 from torch import Tensor, nn
 
-from eopc_compiler.calibration import Batch
+from eopc_compiler.calibration import Batch, CalibrationSet, Tokenizer
 from eopc_compiler.checkpoint import open_checkpoint
 from eopc_compiler.model import Llama, build_model
+from eopc_compiler.recover import TrainingText
 from eopc_compiler.selector import Selector
 from eopc_compiler.selector_fit import FittedChannels, fit_selector, selected_losses, unfitted
+from eopc_compiler.selector_train import scorer_settings, train_scorers
 from eopc_compiler.sequences import next_token_losses, run_blocks
 from eopc_runtime.bundle import Bundle
 from eopc_runtime.runners.ort import OrtTier
@@ -41,6 +45,7 @@ from eopc_runtime.runners.ort import OrtTier
 DOMAINS = ("wiki", "code", "maths")
 LENGTH, PROMPT = 512, 384
 RESAMPLES = 2000
+TRAINING_TOKENS = 1 << 17  # per domain, at most
 
 
 def loss(args: argparse.Namespace) -> None:
@@ -55,17 +60,49 @@ def loss(args: argparse.Namespace) -> None:
     for seed in range(args.seeds):
         calibration = calibration_set(tokenizer, args.corpora, DOMAINS, args.tokens, LENGTH, seed)
         batches = calibration.batches(4)
-        for name, ordered, fitted, selector in methods(by_energy(model, batches), batches, args.keep, seed):
+        rows_of = list(methods(by_energy(model, batches), batches, args.keep, seed))
+        if args.steps:
+            start = next(row for row in rows_of if row[0] == "chosen fit")
+            rows_of.append(trained(start, batches, training_text(tokenizer, args, seed), args.steps, seed))
+        for name, ordered, fitted, selector in rows_of:
             rows = added_losses(ordered, selector, fitted, text, dense)
             added.setdefault(name, []).append(rows)
             click.echo(f"seed {seed}  {name:12}{shown(rows)}")
-    for name in ("fixed fit", "random fit", "chosen"):
+    for name in (n for n in added if n != "chosen fit"):
         pairs = torch.stack(added[name]) - torch.stack(added["chosen fit"])  # [seed, domain, sequence]
         low, high = interval(pairs.flatten(0, 1))
         click.echo(f"{name} - chosen fit: {float(pairs.mean()):+.3f} nats, 95 % of resamples {low:+.3f} to {high:+.3f}")
 
 
 Row = tuple[str, Llama, tuple[FittedChannels, ...], Selector]
+
+
+def training_text(tokenizer: Tokenizer, args: argparse.Namespace, seed: int) -> tuple[CalibrationSet, CalibrationSet]:
+    """All that there is to train on, and four windows a domain of the selection split."""
+    text = calibration_set(tokenizer, args.corpora, DOMAINS, TRAINING_TOKENS, LENGTH, seed, allow_fewer=True)
+    return text, calibration_set(tokenizer, args.corpora, DOMAINS, 4 * LENGTH, LENGTH, seed, "selection")
+
+
+def trained(
+    start: Row, batches: Sequence[Batch], text: tuple[CalibrationSet, CalibrationSet], steps: int, seed: int
+) -> Row:
+    """The tier that trained scorers and counts make of one that chooses by utility."""
+    _, model, fitted, selector = start
+    training, selection = text
+    windows = TrainingText(training.domains, (1.0,) * len(training.domains))
+    settings, prompt = scorer_settings(None, steps, seed), LENGTH // 2
+    found = train_scorers(
+        model,
+        selector,
+        fitted,
+        windows,
+        batches,
+        selection.domains,
+        prompt,
+        settings,
+        report=partial(click.echo, err=True),
+    )
+    return "trained", model, fit_selector(model, found.selector, batches, prompt, scorers=found.scorers), found.selector
 
 
 def methods(model: Llama, batches: Sequence[Batch], keep: float, seed: int) -> Iterator[Row]:
@@ -195,6 +232,7 @@ def main() -> None:
             command.add_argument("--tokens", type=int, default=8192, help="calibration tokens per domain [8192]")
             command.add_argument("--windows", type=int, default=12, help="evaluation windows per domain [12]")
             command.add_argument("--seeds", type=int, default=3)
+            command.add_argument("--steps", type=int, default=0, help="of training [0: none]")
         else:
             command.add_argument("bundle", type=Path)
             command.add_argument("--threads", type=int, default=2)

@@ -31,7 +31,7 @@ def chosen_bundle(
     build_settings: Callable[..., Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """t0, a tier that chooses a part of its channels, and a static one for the same budget; read only."""
+    """t0, a tier that chooses a part of its channels, trained for seconds, and a static one as dear; read only."""
     from eopc_compiler.build import build
     from eopc_compiler.checkpoint import open_checkpoint
     from eopc_compiler.state import Workload
@@ -41,7 +41,7 @@ def chosen_bundle(
     config = open_checkpoint(str(checkpoint)).config
     args = build_settings(checkpoint, folder / "out.eopc", workload=Workload(16, 232), selectors="on")
     budget = price(config, 256) + 0.036  # of fixed channels, and of gathering
-    build(replace(args, budgets_j=(10.0, budget)))
+    build(replace(args, budgets_j=(10.0, budget), train_selectors_minutes=0.05))
     return folder / "out.eopc"
 
 
@@ -84,7 +84,7 @@ def test_the_tier_keeps_all_layers_and_stands_before_the_static_one(bundle: Bund
     assert any(n for *_, n in counts)
     assert all(core + pool == FFN and n < pool if n else pool == 0 for core, pool, n in counts)
     assert {Path(g).name for g in info.graphs} == {"prefill.onnx", "gather.onnx", "decode.onnx"}
-    assert info.params < t0.params
+    assert info.params < t0.params and "trained" in info.note
 
 
 def test_its_parity_with_pytorch_was_measured(info: TierInfo) -> None:

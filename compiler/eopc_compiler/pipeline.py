@@ -32,6 +32,7 @@ from eopc_compiler.recover import RECOVERY_TOKENS, RecoverSettings, recover_ladd
 from eopc_compiler.selector import Selector
 from eopc_compiler.selector_fit import domain_means, selected_losses
 from eopc_compiler.selector_planner import Choosing, plan_selectors
+from eopc_compiler.selector_stage import read_scorers, train_selectors
 from eopc_compiler.sequences import mean_loss
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_page, write_plan
 from eopc_compiler.state import CompileState, PrecisionTrial
@@ -338,6 +339,7 @@ def repair_tiers(state: CompileState) -> CompileState:
             "mask": asdict(tier.mask),
             "depths": [tier.depth, state.plan[tier.prefill].depth],
             "selector": asdict(tier.selector) if tier.selector else None,
+            "scorers": state.scorers[index].name if index in state.scorers else None,
             "file": name,
             "weights": weights.parent.name,
         }
@@ -350,7 +352,8 @@ def repair_tiers(state: CompileState) -> CompileState:
                 config = tier_config(state.config, tier.mask)
                 TierExtras.write_keys_and_values(path, name, state.table, WeightReader(weights), config, tier.depth)
             elif tier.selector is not None:
-                fitted = fit(state, model(), tier.selector, report=report)
+                trained = read_scorers(state.scorers[index])[1] if index in state.scorers else ()
+                fitted = fit(state, model(), tier.selector, report=report, scorers=trained)
                 TierExtras.write_selector(path, name, model(), tier.selector, fitted, storage)
             else:
                 depth = state.plan[tier.prefill].depth
@@ -415,6 +418,7 @@ PASSES: tuple[Pass, ...] = (
     write_plan_only,  # the end of --dry-run
     recover_shared,  # before storing: every tier gains from it
     store_weights,  # before graphs: they point into it
+    train_selectors,  # after storing, before fitting: channels are ranked as they are stored, fitted as they are ranked
     repair_tiers,  # after storing: what rounding did is repaired too
     export_graphs,
     check_operators,  # before staging: a refusal on the board would come too late to change the graph

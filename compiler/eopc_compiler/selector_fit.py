@@ -31,6 +31,14 @@ RIDGE_TOKENS = 9000
 
 
 @dataclass(frozen=True, slots=True)
+class Scorer:
+    """What ranks the channels of one layer's pool, [pool] each: see selector.py."""
+
+    prior: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class FittedChannels:
     """The FFN of one layer of a selecting tier, as it is stored.
 
@@ -71,6 +79,7 @@ def fit_selector(
     round_weight: Round = lambda _layer, weight, _covariance: weight,
     dtype: torch.dtype = torch.float32,
     report: Callable[[int, int], None] | None = None,
+    scorers: Sequence[Scorer | None] = (),
 ) -> tuple[FittedChannels, ...]:
     """Fit every layer of a tier that chooses channels.
 
@@ -78,6 +87,7 @@ def fit_selector(
         model: the whole model in deployment form; it is left as it is, and runs the prompts.
         prompt: tokens of every window [n, S] that the choice is made by.
         round_weight: how the core's matrix is stored; pools are stored in `dtype`.
+        scorers: of every layer, where they were trained.
     """
     ours, fitted = [model.model.embed_tokens(b.tokens)[:, prompt:] for b in batches], list[FittedChannels]()
     for index, (pasts, energies) in enumerate(_prompts(model, batches, prompt)):
@@ -88,6 +98,8 @@ def fit_selector(
         targets = [down(h) for h in hidden]
         mean = _mean_squares(energies, batches, prompt)[:width]
         plain = _unfitted(layer, selector, index, mean)
+        if scorers and (scorer := scorers[index]):
+            plain = replace(plain, prior=scorer.prior, weight=scorer.weight)
         masks = [plain.kept(energy[:, :width], selector.chosen[index]) for energy in energies]
         inputs = [h[..., :width] * mask[:, None] for h, mask in zip(hidden, masks, strict=True)]
         moments = sum_moments(batches, inputs, targets).moments()
@@ -137,6 +149,12 @@ def domain_means(batches: Sequence[Batch], losses: Sequence[Tensor]) -> dict[int
     domains = sorted({b.domain for b in batches})
     of = {d: torch.cat([x.flatten() for b, x in zip(batches, losses, strict=True) if b.domain == d]) for d in domains}
     return {d: float(x.double().mean()) for d, x in of.items()}
+
+
+@torch.no_grad()
+def prompt_energies(model: Llama, batches: Sequence[Batch], prompt: int) -> list[Tensor]:
+    """Per layer: the energies [N, ffn] that the prompts of all windows choose by."""
+    return [torch.cat(energies) for _, energies in _prompts(model, batches, prompt)]
 
 
 def _prompts(model: Llama, batches: Sequence[Batch], prompt: int) -> Iterator[tuple[list[Past], list[Tensor]]]:

@@ -59,6 +59,7 @@ class BuildArgs:
     proxy: str = "ends"  # which tiers are compiled without a GPU: the largest and the smallest ("ends"), "all", "none"
     prefill_depth: int | Literal["auto", "all"] = "auto"  # layers that prompts run through on one tier of the ladder
     selectors: Literal["auto", "on", "off"] = "auto"  # tiers that choose FFN channels by the prompt
+    train_selectors_minutes: float = 0.0  # for each of them
     independent: bool = False  # every tier may have all its down_proj of its own
     calibration_windows: int = 12  # per domain
     calibration_length: int = 256  # tokens
@@ -108,6 +109,7 @@ class CompileState:
     weights: Path | None = None
     table: WeightTable | None = None
     bytes_by_type: dict[str, int] = field(default_factory=dict)
+    scorers: dict[int, Path] = field(default_factory=dict)  # trained ones, by tier
     extras: tuple[TierExtras, ...] = ()
     graphs: tuple[TierGraphs, ...] = ()
     staged: Path | None = None  # the bundle before it is renamed into place

@@ -84,6 +84,14 @@ PRECISIONS = ("auto", "fp32", "fp16", "fp8", "int8", "int4")
     "budget below the whole model's price, or never.",
 )
 @click.option(
+    "--train-selectors",
+    "train_selectors_minutes",
+    default=0.0,
+    metavar="MINUTES",
+    type=click.FloatRange(min=0),
+    help="Train what ranks the channels of every such tier for that long.",
+)
+@click.option(
     "--independent", is_flag=True, help="Repaired matrices of every tier's own, without the limit on shared bytes."
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the calibration draw and of the search.")
@@ -108,6 +116,7 @@ def build(
     proxy: str,
     prefill_depth: str,
     selectors: Literal["auto", "on", "off"],
+    train_selectors_minutes: float,
     independent: bool,
     seed: int,
     dry_run: bool,
@@ -140,6 +149,7 @@ def build(
         proxy=proxy,
         prefill_depth=parse_prefill_depth(prefill_depth),
         selectors=selectors,
+        train_selectors_minutes=train_selectors_minutes,
         independent=independent,
         seed=seed,
         dry_run=dry_run,

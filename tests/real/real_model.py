@@ -1,0 +1,97 @@
+"""What the tests on the real default model share: commands in fresh processes, a question, text never seen."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+QUESTION = "What is the capital of France?"
+ROOT = Path(__file__).parents[2]
+CORPORA = ROOT.parent / "shared" / "data" / "corpora"  # optional text beside a checkout
+
+
+def eopc(*args: str, block: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Run a command with --json in a fresh process in which the modules `block` cannot be imported."""
+    code = (
+        f"import sys; [sys.modules.__setitem__(n, None) for n in {block!r}]; from eopc_runtime.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *args, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def expect_paris(root: Path, text: str) -> None:
+    """Paris by the stored weights on unrounded activations, as a GPU computes; and by this CPU's int8 kernels.
+
+    These round activations, which moves the logits by up to 1.1; "The", which begins the right answer, leads a wrong
+    one by 0.2. So the order of a CPU's sums may decide, and did on one without AVX-512: a visible expected failure.
+    """
+    from eopc_compiler.parity import without_rounded_inputs
+    from eopc_runtime.bundle import Bundle
+    from eopc_runtime.runners.ort import OrtTier
+    from eopc_runtime.session import Session
+    from eopc_runtime.tokenizer import Tokenizer
+
+    class Unrounded:
+        """t0 with activations in floating point."""
+
+        def __init__(self, bundle: Bundle) -> None:
+            graph = without_rounded_inputs(bundle.path(bundle.tier("t0").graph).read_bytes())
+            self.tier = OrtTier(bundle, bundle.tier("t0"), exact=graph)
+
+        def get(self, _tier: str) -> OrtTier:
+            return self.tier
+
+        def close(self) -> None:
+            pass
+
+    bundle = Bundle.open(root, verify=False)
+    session = Session(bundle, Unrounded(bundle), Tokenizer.open(root / "tokenizer"))
+    assert "Paris" in session.generate(QUESTION, max_new_tokens=12).text
+    if "Paris" not in text:
+        pytest.xfail(f"on this CPU the rounding of activations decides a near tie: {text[:40]}")
+
+
+def corpus(name: str) -> str:
+    """Text of one domain that calibration never saw."""
+
+    def field(path: str, *keys: str) -> str:
+        rows = map(json.loads, (CORPORA / path).read_text(encoding="utf-8").splitlines()[:400])
+        return "\n".join("\n".join(row[k] for k in keys) for row in rows)
+
+    if name == "wiki":
+        return (CORPORA / "wikitext2/wiki.valid.raw").read_text(encoding="utf-8")[200_000:260_000]
+    return (
+        field("mbpp/mbpp.jsonl", "code")
+        if name == "code"
+        else field("gsm8k/train_first2000.jsonl", "question", "answer")
+    )
+
+
+def int8_ratios(bundle: Path, folder: Path) -> list[float]:
+    """Perplexity of t0 through ONNX Runtime over PyTorch's in fp32, of three domains; `folder` gets their texts."""
+    import torch
+
+    from eopc_compiler.checkpoint import open_checkpoint
+    from eopc_compiler.model import build_model
+    from eopc_compiler.sequences import mean_loss
+
+    checkpoint = open_checkpoint(None)
+    tokenizer = checkpoint.tokenizer()
+    model = build_model(checkpoint.config, {n: checkpoint.tensor(n) for n in checkpoint.tensor_names})
+    windows, length = 8, 512  # the standard error of one domain's ratio is about 0.2 %
+    texts, want, limit = list[str](), list[float](), str(windows * length)
+    for name in ("wiki", "code", "maths"):
+        file = folder / f"{name}.txt"
+        file.write_text(corpus(name), encoding="utf-8")
+        texts += ["--text", f"{name}={file}"]
+        ids = torch.tensor(tokenizer.encode(corpus(name))[: windows * length]).view(windows, length)
+        want.append(math.exp(mean_loss(model, ids)))
+    (row,) = eopc("eval", str(bundle), *texts, "--tier", "t0", "--max-tokens", limit)["tiers"]
+    return [text["perplexity"] / dense for text, dense in zip(row["texts"].values(), want, strict=True)]
