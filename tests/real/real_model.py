@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 QUESTION = "What is the capital of France?"
 ROOT = Path(__file__).parents[2]
+DOMAINS = ("wiki", "code", "maths")
 CORPORA = ROOT.parent / "shared" / "data" / "corpora"  # optional text beside a checkout
 
 
@@ -74,8 +76,12 @@ def corpus(name: str) -> str:
     )
 
 
-def int8_ratios(bundle: Path, folder: Path) -> list[float]:
-    """Perplexity of t0 through ONNX Runtime over PyTorch's in fp32, of three domains; `folder` gets their texts."""
+WINDOWS, LENGTH = 8, 512  # of every domain: the standard error of one domain's ratio is about 0.2 %
+
+
+@lru_cache
+def dense_perplexities() -> dict[str, float]:
+    """What PyTorch gives in fp32, by domain."""
     import torch
 
     from eopc_compiler.checkpoint import open_checkpoint
@@ -85,13 +91,16 @@ def int8_ratios(bundle: Path, folder: Path) -> list[float]:
     checkpoint = open_checkpoint(None)
     tokenizer = checkpoint.tokenizer()
     model = build_model(checkpoint.config, {n: checkpoint.tensor(n) for n in checkpoint.tensor_names})
-    windows, length = 8, 512  # the standard error of one domain's ratio is about 0.2 %
-    texts, want, limit = list[str](), list[float](), str(windows * length)
-    for name in ("wiki", "code", "maths"):
+    ids = {name: torch.tensor(tokenizer.encode(corpus(name))[: WINDOWS * LENGTH]) for name in DOMAINS}
+    return {name: math.exp(mean_loss(model, tokens.view(WINDOWS, LENGTH))) for name, tokens in ids.items()}
+
+
+def int8_ratios(bundle: Path, folder: Path) -> list[float]:
+    """Perplexity of t0 through ONNX Runtime over PyTorch's in fp32, of three domains; `folder` gets their texts."""
+    texts = list[str]()
+    for name in DOMAINS:
         file = folder / f"{name}.txt"
         file.write_text(corpus(name), encoding="utf-8")
         texts += ["--text", f"{name}={file}"]
-        ids = torch.tensor(tokenizer.encode(corpus(name))[: windows * length]).view(windows, length)
-        want.append(math.exp(mean_loss(model, ids)))
-    (row,) = eopc("eval", str(bundle), *texts, "--tier", "t0", "--max-tokens", limit)["tiers"]
-    return [text["perplexity"] / dense for text, dense in zip(row["texts"].values(), want, strict=True)]
+    (row,) = eopc("eval", str(bundle), *texts, "--tier", "t0", "--max-tokens", str(WINDOWS * LENGTH))["tiers"]
+    return [row["texts"][name]["perplexity"] / dense for name, dense in dense_perplexities().items()]
