@@ -5,14 +5,12 @@ The list is the table of contents; the comment beside a pass is the reason for i
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean as mean
-from typing import Literal
 
 from eopc_compiler.board.rules import lists_for, require_allowed
 from eopc_compiler.board.tensorrt_graph import outline_for_tensorrt
@@ -20,25 +18,20 @@ from eopc_compiler.calibration import CalibrationSet, Split, build_calibration, 
 from eopc_compiler.checkpoint import open_checkpoint, with_tensors
 from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.extras import EXTRAS_FILE, TierExtras
-from eopc_compiler.handover import ContinuationLoss, Met
 from eopc_compiler.importance import observe
-from eopc_compiler.ladder import Mask, full_mask, read_masks, tier_config
+from eopc_compiler.ladder import full_mask, read_masks, tier_config
 from eopc_compiler.observations_file import load_observations, save_observations
-from eopc_compiler.planner import Objective, TierPlan, plan_ladder, plan_masks
-from eopc_compiler.prefill_planner import Behind, depths_to_try, plan_prefill
-from eopc_compiler.pricing import must_prune, plan_energy, reference_energy, selector_energy, storage_for
+from eopc_compiler.planner import TierPlan
+from eopc_compiler.pricing import must_prune, reference_energy, storage_for
 from eopc_compiler.proxies import compile_proxies
 from eopc_compiler.recover import RECOVERY_TOKENS, RecoverSettings, recover_ladder, training_windows
-from eopc_compiler.selector import Selector
-from eopc_compiler.selector_fit import domain_means, selected_losses
-from eopc_compiler.selector_planner import Choosing, plan_selectors
-from eopc_compiler.selector_stage import read_scorers, train_selectors
 from eopc_compiler.sequences import mean_loss
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_page, write_plan
+from eopc_compiler.stage_plan import plan_tiers, prefill_depths
+from eopc_compiler.stage_selectors import read_scorers, train_selectors
 from eopc_compiler.state import CompileState, PrecisionTrial
 from eopc_compiler.stored_model import (
     added_loss,
-    calibration_walk,
     dense_model,
     deployed_model,
     fit,
@@ -55,7 +48,6 @@ from eopc_runtime.memory import release_memory
 
 Pass = Callable[[CompileState], CompileState]
 
-FINALIST_WINDOWS = 4  # per domain: enough to tell candidates apart
 FFN_ALIGNMENT = 64  # channels; tensor cores and MatMulNBits blocks want widths in this step
 
 
@@ -178,91 +170,6 @@ def choose_precision(state: CompileState) -> CompileState:
             f"Add int8 or fp16 to --precision, or raise --max-added-loss."
         )
     return replace(state, storage=chosen, trials=tuple(trials))
-
-
-def plan_tiers(state: CompileState) -> CompileState:
-    """Decide what every tier keeps, so that its price at the reference workload is within its budget."""
-    assert state.storage and state.observations and state.selection and state.checkpoint
-    storage, full = state.storage, full_mask(state.config)
-
-    def price(mask: Mask) -> float:
-        return plan_energy(state, mask, storage)
-
-    if state.args.masks:
-        if isinstance(state.args.prefill_depth, int):
-            raise UsageError("--mask gives every tier, so --prefill-depth has no place. Leave one of them out.")
-        orders, masks = read_masks(state.args.masks, state.config, state.align)
-        return replace(state, orders=orders, plan=plan_masks(full, masks, state.args.budgets_j, price))
-    asked = isinstance(state.args.prefill_depth, int) or state.args.selectors == "on"
-    if price(full) <= min(state.args.budgets_j) and not asked:
-        return replace(state, plan=plan_masks(full, (), state.args.budgets_j, price))  # nothing to search
-    inputs = {
-        **repair_inputs(state),
-        "observed": [asdict(c) for c in state.observations.curves],
-        "selection": state.selection.fingerprint,
-        "budgets": state.args.budgets_j,
-        "dense_j": price(full),  # stands for device, workload, precision and dialect
-        "halves_j": price(Mask(full.layers[::2])),
-        "search_seconds": state.args.search_seconds,
-        "prefill_depth": state.args.prefill_depth,
-        "selectors": state.args.selectors,
-        "seed": state.args.seed,
-    }
-
-    def produce(path: Path) -> None:
-        assert state.selection and state.observations
-        model, text, args = deployed_model(state, storage), state.selection.batches(), state.args
-        selection = ContinuationLoss(model, text, args.prompt_part)
-
-        def repaired(losses: ContinuationLoss, mask: Mask, walked: tuple[Met, ...] | None = None) -> float:
-            count = state.counter("repairing a candidate")
-            tier, _ = repair(state, model, mask, FINALIST_WINDOWS, count, losses.depth, walked)
-            return mean(losses.of_tier(tier, mask).values())
-
-        def measured(mask: Mask) -> float:
-            return mean(selection.of_mask(mask).values())
-
-        walk = lru_cache(lambda: calibration_walk(state, model, FINALIST_WINDOWS))  # once, where there are finalists
-
-        def finalist(mask: Mask) -> float:
-            return repaired(selection, mask, walk())
-
-        objective = Objective(state.observations.curves, price, measured, finalist, state.align)
-        tiers = plan_ladder(full, args.budgets_j, objective, args.search_seconds, args.seed, state.tick)
-        walk.cache_clear()  # it holds hidden states of every layer
-
-        def behind(depth: int) -> Behind:
-            def losses() -> ContinuationLoss:  # made when it is asked for, and not kept: it holds every layer's inputs
-                return ContinuationLoss(model, text, args.prompt_part, depth)
-
-            return Behind(
-                price=lambda mask: plan_energy(state, mask, storage, depth),
-                whole=lru_cache(lambda: mean(losses().of_mask(full).values())),
-                repaired=lambda mask: repaired(losses(), mask),
-            )
-
-        depths = {d: behind(d) for d in prefill_depths(args.prefill_depth, len(full.layers))}
-        asked = isinstance(args.prefill_depth, int)
-        tiers = plan_prefill(tiers, depths, state.observations.curves, state.align, state.say, asked)
-
-        def chosen_loss(selector: Selector) -> float:
-            count = state.counter("fitting a choosing tier")
-            fitted = fit(state, model, selector, FINALIST_WINDOWS, count)
-            return mean(domain_means(text, selected_losses(model, selector, fitted, text, args.choice_part)).values())
-
-        def fixed_loss(mask: Mask, depth: int | None) -> float:
-            return repaired(ContinuationLoss(model, text, args.choice_part, depth), mask)
-
-        if args.selectors == "on" or (args.selectors == "auto" and storage.grid is None):
-            choosing = Choosing(
-                price, lambda core, selector: selector_energy(state, core, storage, selector), chosen_loss, fixed_loss
-            )
-            always = args.selectors == "on"
-            tiers = plan_selectors(tiers, choosing, state.observations.curves, state.align, state.say, always)
-        path.write_text(json.dumps([asdict(t) for t in tiers]), encoding="utf-8")
-
-    path = state.cache.get("plan", inputs, ".json", produce)
-    return replace(state, plan=tuple(TierPlan.from_json(row) for row in json.loads(path.read_text(encoding="utf-8"))))
 
 
 def write_plan_only(state: CompileState) -> CompileState:
@@ -391,21 +298,6 @@ def check_operators(state: CompileState) -> CompileState:
                 slots = None if graph == graphs.gather else state.args.context
                 require_allowed(outline_for_tensorrt(graph, slots), lists, f"t{index}")
     return state
-
-
-def prefill_depths(asked: int | Literal["auto", "all"], layers: int) -> tuple[int, ...]:
-    """Depths of prefill to try: those of the paper's range, none, or the one asked for.
-
-    Raises:
-        UsageError: the model has no so many layers to skip some.
-    """
-    if asked == "auto":
-        return depths_to_try(layers)
-    if asked == "all":
-        return ()
-    if not 1 <= asked < layers:
-        raise UsageError(f"--prefill-depth {asked} must be between 1 and {layers - 1}, one less than the layers.")
-    return (asked,)
 
 
 PASSES: tuple[Pass, ...] = (
