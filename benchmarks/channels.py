@@ -12,7 +12,7 @@ is text of the same domains, drawn anew with every seed. At the same number of c
     chosen      four fifths fixed, the rest chosen by the prompt, maps as they are
     chosen fit  the same, down_proj fitted to the choices
     random fit  four fifths fixed, the rest drawn once, fitted
-    trained     (with --steps) chosen fit, what ranks the channels trained for so many steps, fitted again
+    trained     (with --steps, beside the two fits only) chosen fit, what ranks its channels trained, fitted again
 
 Speeds are medians, both tiers in turn in one process.
 """
@@ -60,11 +60,8 @@ def loss(args: argparse.Namespace) -> None:
     for seed in range(args.seeds):
         calibration = calibration_set(tokenizer, args.corpora, DOMAINS, args.tokens, LENGTH, seed)
         batches = calibration.batches(4)
-        rows_of = list(methods(by_energy(model, batches), batches, args.keep, seed))
-        if args.steps:
-            start = next(row for row in rows_of if row[0] == "chosen fit")
-            rows_of.append(trained(start, batches, training_text(tokenizer, args, seed), args.steps, seed))
-        for name, ordered, fitted, selector in rows_of:
+        training = training_text(tokenizer, args, seed) if args.steps else None
+        for name, ordered, fitted, selector in methods(by_energy(model, batches), batches, args, seed, training):
             rows = added_losses(ordered, selector, fitted, text, dense)
             added.setdefault(name, []).append(rows)
             click.echo(f"seed {seed}  {name:12}{shown(rows)}")
@@ -105,16 +102,26 @@ def trained(
     return "trained", model, fit_selector(model, found.selector, batches, prompt, scorers=found.scorers), found.selector
 
 
-def methods(model: Llama, batches: Sequence[Batch], keep: float, seed: int) -> Iterator[Row]:
-    """Every method's name, model, channels and selector."""
+def methods(
+    model: Llama,
+    batches: Sequence[Batch],
+    args: argparse.Namespace,
+    seed: int,
+    text: tuple[CalibrationSet, CalibrationSet] | None,
+) -> Iterator[Row]:
+    """Every method's name, model, channels and selector; with text to train on, the fitted ones and the trained."""
     width, layers, prompt = model.config.layers[0].intermediate_size, len(model.blocks), LENGTH // 2
-    kept = round(keep * width)
+    kept = round(args.keep * width)
     core = round(0.8 * kept)
     fixed = Selector((kept,) * layers, (0,) * layers, (0,) * layers)
     chosen = Selector((core,) * layers, (width - core,) * layers, (kept - core,) * layers)
     for name, selector in (("fixed", fixed), ("chosen", chosen)):
-        yield name, model, unfitted(model, selector, batches, prompt), selector
-        yield f"{name} fit", model, fit_selector(model, selector, batches, prompt), selector
+        if text is None:
+            yield name, model, unfitted(model, selector, batches, prompt), selector
+        yield (start := (f"{name} fit", model, fit_selector(model, selector, batches, prompt), selector))
+    if text is not None:
+        yield trained(start, batches, text, args.steps, seed)
+        return
     generator = torch.Generator().manual_seed(seed)
     rest = [torch.cat([torch.arange(core), core + torch.randperm(width - core, generator=generator)])] * layers
     drawn = reordered(model, rest)
