@@ -39,6 +39,7 @@ def run_cli(*args: str) -> Any:
         (("--workload", "12"), "IN:OUT"),
         (("--precision", "int3"), "int3"),
         (("--workload", "3000:1"), "--context"),
+        (("--train-selectors", "1", "--selectors", "off"), "--selectors"),
     ],
 )
 def test_bad_arguments_are_one_sentence_and_exit_1(

@@ -90,6 +90,8 @@ def build(
         raise UsageError(f"--max-added-loss {args.max_added_loss} is no number of nats of 0 or more, for example 0.02.")
     if args.workload.prompt_tokens + args.workload.new_tokens > args.context:
         raise UsageError(f"the workload {args.workload} does not fit --context {args.context}. Raise --context.")
+    if args.train_selectors_minutes and args.selectors == "off":
+        raise UsageError("--train-selectors trains what --selectors off leaves out. Give --selectors on, or only one.")
     profile = load_profile(args.device)
     try:
         cache = StageCache(args.output.with_name(f".{args.output.name}.work"), args.resume)

@@ -27,7 +27,10 @@ def train_selectors(state: CompileState) -> CompileState:
     Counts may move between layers; their sum, and so a tier's price, does not. plan.json is written anew.
     """
     choosing = {i: tier.selector for i, tier in enumerate(state.plan) if tier.selector is not None}
-    if not state.args.train_selectors_minutes or not choosing:
+    if not state.args.train_selectors_minutes:
+        return state
+    if not choosing:
+        state.say("no tier chooses channels, so there is nothing to train; --selectors on makes them choose")
         return state
     plan, files = list(state.plan), dict[int, Path]()
     for index, selector in choosing.items():
