@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -235,6 +236,22 @@ def test_run_prints_the_documented_json(tiny_bundle: Path) -> None:
     assert content["energy_j"] <= 1.0
     assert content["energy_source"] == "proxy"
     assert content["completion_tokens"] <= 5
+
+
+def test_run_takes_only_what_the_owner_of_a_key_signed(tiny_bundle: Path, tmp_path: Path) -> None:
+    """With --key: an unsigned bundle is refused in one sentence, a signed one answers, a changed one is refused."""
+    pytest.importorskip("cryptography", reason="the sign extra is not installed")
+    key, copy = tmp_path / "key", shutil.copytree(tiny_bundle, tmp_path / "signed.eopc")
+    assert run_cli("keygen", str(key)).exit_code == 0
+    command = ["run", str(copy), "--prompt", "hello", "--max-new-tokens", "2", "--key", f"{key}.pub"]
+    refused = run_cli(*command)
+    assert refused.exit_code == 1 and "is not signed" in refused.stderr and len(refused.stderr.splitlines()) == 1
+    assert run_cli("sign", str(copy), "--key", str(key)).exit_code == 0
+    assert run_cli(*command).exit_code == 0
+    with (copy / "weights.bin").open("r+b") as file:
+        file.write(b"changed")
+    changed = run_cli(*command)
+    assert changed.exit_code == 1 and "weights.bin" in changed.stderr
 
 
 def test_eval_through_the_runtime_equals_torch(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ class Session:
         *,
         runner: str = "auto",
         verify: bool = True,
+        key: Path | None = None,
         meter: Meter | None = None,
         guard: Guard | None = None,
     ) -> Session:
@@ -120,14 +121,21 @@ class Session:
         Args:
             runner: auto takes the bundle's TensorRT engines where they fit this machine, else the CPU; see
                 `runners.choose.RUNNERS`.
+            verify: hash every file first.
+            key: a public key, whose owner must have signed the bundle; prices and engines may be this device's own.
 
-        Raises BundleError for a bundle that is missing or damaged, MissingExtraError without onnxruntime; with a
+        Raises BundleError for a bundle that is missing or damaged, SignatureError for one that another or nobody
+        signed, MissingExtraError without onnxruntime; with a
         runner named, also what `runners.choose.open_pool` raises.
         """
         from eopc_runtime.bundle import Bundle
         from eopc_runtime.runners.choose import open_pool
 
-        bundle = Bundle.open(Path(path), verify=verify)
+        if key is not None:
+            from eopc_runtime.signature import verify as verify_signature
+
+            verify_signature(Path(path), key, allow_own=True)  # hashes every file
+        bundle = Bundle.open(Path(path), verify=verify and key is None)
         tokenizer = Tokenizer.open(bundle.root / "tokenizer")
         chosen = open_pool(bundle, runner, threads)
         session = cls(bundle, chosen.pool, tokenizer, meter=meter, guard=guard)

@@ -10,7 +10,7 @@ import click
 
 from eopc_runtime.cli.meters import meter_options
 from eopc_runtime.cli.output import print_json
-from eopc_runtime.cli.runners import THREADS, runner_option, show_notes
+from eopc_runtime.cli.runners import THREADS, key_option, runner_option, show_notes
 
 if TYPE_CHECKING:
     from eopc_runtime.generation import Result
@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     "--log", type=click.Path(path_type=Path), metavar="FILE", help="Append times and joules to it, for `eopc validate`."
 )
 @runner_option
+@key_option
 @click.option("--threads", type=THREADS, help="CPU threads. [default: onnxruntime's choice]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 def run(
@@ -90,6 +91,7 @@ def run(
     proxy_w: float | None,
     log: Path | None,
     runner: str,
+    key: Path | None,
     threads: int | None,
     as_json: bool,
     **sampling: Any,
@@ -110,7 +112,7 @@ def run(
     params = _sampling_params(**sampling)
     budget_j = None if budget is None else parse_energy(budget)
     with ExitStack() as stack:
-        session = stack.enter_context(Session.open(bundle, threads=threads, runner=runner))
+        session = stack.enter_context(Session.open(bundle, threads=threads, runner=runner, key=key))
         chosen = session.runner
         on_gpu = chosen is not None and chosen.on_gpu
         opened = meter_of_run(session.bundle, meter, budget_j is not None, proxy_w, on_gpu=on_gpu)

@@ -1,8 +1,9 @@
-"""The --runner option and the types of others, the same for every command that runs a bundle."""
+"""The --runner and --key options and the types of others, the same for every command that runs a bundle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -22,6 +23,17 @@ def runner_option(command: F) -> F:
         default="auto",
         help="What executes the tiers: onnxruntime on the CPU (ort), the bundle's engines (tensorrt), or "
         "onnxruntime-gpu (ort-cuda, ort-tensorrt). [default: engines that fit this machine, else the CPU]",
+    )(command)
+
+
+def key_option(command: F) -> F:
+    """Add --key to a command."""
+    return click.option(
+        "--key",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Refuse a bundle that was not signed with the private half of this public key (prices and engines of this "
+        "device aside).",
     )(command)
 
 

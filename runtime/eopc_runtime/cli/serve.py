@@ -9,7 +9,7 @@ import click
 
 from eopc_runtime.cli.meters import meter_options
 from eopc_runtime.cli.output import print_json
-from eopc_runtime.cli.runners import runner_option, show_notes
+from eopc_runtime.cli.runners import key_option, runner_option, show_notes
 
 
 @click.command()
@@ -67,6 +67,7 @@ from eopc_runtime.cli.runners import runner_option, show_notes
     text="What corrects the account while a sequence runs; sequences then run one after the other. [default: none]",
 )
 @runner_option
+@key_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: onnxruntime's choice]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the address, once it listens.")
 def serve(
@@ -86,6 +87,7 @@ def serve(
     meter: str | None,
     proxy_w: float | None,
     runner: str,
+    key: Path | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -117,7 +119,7 @@ def serve(
         raise BudgetError(f"--budget {budget} is above --max-budget {max_budget}. Lower it, or raise the other.")
     allowances = [Allowance.parse(text) for text in allowance]
     with ExitStack() as stack:
-        session = stack.enter_context(Session.open(bundle, threads=threads, runner=runner))
+        session = stack.enter_context(Session.open(bundle, threads=threads, runner=runner, key=key))
         chosen = session.runner
         opened = meter_of_run(session.bundle, meter, True, proxy_w, on_gpu=chosen is not None and chosen.on_gpu)
         if opened is not None:
