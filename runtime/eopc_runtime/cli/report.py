@@ -30,8 +30,20 @@ from eopc_runtime.cli.output import format_bytes, print_json
     type=click.Path(path_type=Path),
     help="Also show this validation: what `eopc validate --json` printed.",
 )
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also draw quality against joules into this SVG file.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def report(path: str, output: Path | None, sequence_log: Path | None, validation: Path | None, as_json: bool) -> None:
+def report(
+    path: str,
+    output: Path | None,
+    sequence_log: Path | None,
+    validation: Path | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
     """Write one HTML page about BUNDLE: quality against joules, what each tier removed, energy, calibration.
 
     The file needs no network and no other file. `eopc build` writes one, `eopc calibrate` makes it anew.
@@ -39,7 +51,7 @@ def report(path: str, output: Path | None, sequence_log: Path | None, validation
     from eopc_runtime.bundle import Bundle
     from eopc_runtime.report.write import write_report
 
-    written = write_report(Bundle.open(path, verify=False), output, sequence_log, validation)
+    written = write_report(Bundle.open(path, verify=False), output, sequence_log, validation, plot)
     size = written.stat().st_size
     if as_json:
         print_json({"bundle": path, "report": str(written), "bytes": size})

@@ -9,11 +9,12 @@ from eopc_runtime.report.content import Figure, Section, Table
 from eopc_runtime.report.facts import Facts
 from eopc_runtime.report.front import KINDS, Point, alone_points, best_first, plan_points, workloads
 from eopc_runtime.report.layer_map import CHOSEN, FFN, KV, layer_map
-from eopc_runtime.report.pictures import front_picture, legend_mark, swatch
+from eopc_runtime.report.pictures import front_document, front_picture, legend_mark, swatch
 from eopc_runtime.report.plan_file import PlannedTier
 from eopc_runtime.units import format_energy
 
 UNKNOWN = "not measured"
+LOSS = "nats per token above t0"
 _UNITS = {"layer": "whole layer", "kv_groups": "KV groups", "ffn": "FFN channels"}
 
 
@@ -29,12 +30,11 @@ def front_section(facts: Facts) -> Section:
     tables = (_plans(facts, points), _tiers(facts))
     if len(points) == 1:  # nothing to compare
         return Section("front", "Quality against joules", words, (), tables)
-    budgets = sorted({tier.budget_j for tier in manifest.tiers if tier.budget_j is not None})
+    budgets = _budgets(manifest.tiers)
     legend = tuple((legend_mark(kind), kind) for kind in KINDS if any(p.kind == kind for p in points))
-    loss = "nats per token above t0"
     figures = [
         Figure(
-            front_picture(f"loss against joules at {_work(reference)}", points, budgets, loss),
+            front_picture(f"loss against joules at {_work(reference)}", points, budgets, LOSS),
             f"Answers behind prompts, {_work(reference)}: the loss that each plan adds on the selection text, against "
             f"{table.source} joules. The line joins what no other plan beats; dashed lines are budgets in joules; "
             "ticks on the axis are pairs whose loss was not measured.",
@@ -45,7 +45,7 @@ def front_section(facts: Facts) -> Section:
         title = f"loss against joules at {_work(work)}"
         figures.append(
             Figure(
-                front_picture(title, plan_points(manifest, table, facts.plan, work), (), loss),
+                front_picture(title, plan_points(manifest, table, facts.plan, work), (), LOSS),
                 f"The same losses at the joules of {_work(work)}.{_outside(facts, work)}",
             )
         )
@@ -59,6 +59,23 @@ def front_section(facts: Facts) -> Section:
             )
         )
     return Section("front", "Quality against joules", words, tuple(figures), tables)
+
+
+def front_plot(facts: Facts) -> str:
+    """The picture of the reference workload as an SVG file."""
+    manifest, table = facts.bundle.manifest, facts.bundle.energy
+    reference, *_ = workloads(manifest)
+    points = plan_points(manifest, table, facts.plan, reference)
+    notes = [
+        f"{manifest.model.name}, {manifest.device}, {manifest.precision}",
+        f"{_work(reference)}; joules: {table.source}",
+        "dashed: budgets" + ("; ticks: loss not measured" if any(p.loss is None for p in points) else ""),
+    ]
+    return front_document(points, _budgets(manifest.tiers), LOSS, notes)
+
+
+def _budgets(tiers: Sequence[TierInfo]) -> list[float]:
+    return sorted({tier.budget_j for tier in tiers if tier.budget_j is not None})
 
 
 def removed_section(facts: Facts) -> Section:

@@ -17,6 +17,7 @@ from eopc_runtime.svg import (
     Box,
     axes,
     circle,
+    document,
     linear_ticks,
     log_ticks,
     paint,
@@ -35,12 +36,31 @@ WIDTH = 400
 _MARKS = dict(zip(KINDS, ("circle", "square", "diamond", "triangle", "cross"), strict=True))
 
 
+_FRONT = Box(52, 34, WIDTH - 72, 220)
+
+
 def front_picture(title: str, points: Sequence[Point], budgets_j: Sequence[float], y_name: str) -> str:
     """Quality against joules: a mark per plan, the best of all kinds joined, budgets as lines.
 
     Plans whose loss was not measured have a tick on the axis and no height.
     """
-    box = Box(52, 34, WIDTH - 72, 220)
+    return picture(WIDTH, _FRONT.bottom + 46, _front(points, budgets_j, y_name), title)
+
+
+def front_document(points: Sequence[Point], budgets_j: Sequence[float], y_name: str, notes: Sequence[str]) -> str:
+    """The same as a file of its own, with a legend and lines that say of what."""
+    parts, y = _front(points, budgets_j, y_name), _FRONT.bottom + 62
+    for kind in (kind for kind in KINDS if any(p.kind == kind and p.loss is not None for p in points)):
+        parts += [mark(_FRONT.x + 8, y, kind), text(_FRONT.x + 24, y + 4, kind)]
+        y += 20
+    for note in notes:
+        parts.append(text(_FRONT.x, y + 6, note, fill="muted", size=11))
+        y += 16
+    return document(WIDTH, y + 4, parts)
+
+
+def _front(points: Sequence[Point], budgets_j: Sequence[float], y_name: str) -> list[str]:
+    box = _FRONT
     known = [(p, p.loss) for p in points if p.loss is not None]
     energies = [p.energy_j for p in points]
     ticks_x = linear_ticks(min(energies), max(energies))
@@ -66,7 +86,7 @@ def front_picture(title: str, points: Sequence[Point], budgets_j: Sequence[float
         parts.append(mark(px, py, point.kind, label))
     for item in place_labels([(px, py, p.plan) for px, py, p in placed], box.x + 2, WIDTH):
         parts.append(text(item.x, item.y, item.text, anchor=item.anchor))
-    return picture(WIDTH, box.bottom + 46, [*parts, axes(box)], title)
+    return [*parts, axes(box)]
 
 
 def mark(x: float, y: float, kind: str, label: str = "") -> str:

@@ -205,3 +205,29 @@ def test_figures_that_cannot_be_drawn_are_one_error(edit: Edit, planned: Path) -
 
     result = report(edit(change))
     assert result.exit_code == 1 and "cannot be drawn" in result.stderr
+
+
+def test_the_front_as_a_file_names_every_plan_and_where_its_joules_come_from(planned: Path, tmp_path: Path) -> None:
+    """--plot: well-formed SVG with the measured plans, their source, and hostile names as text."""
+    import xml.etree.ElementTree as ElementTree
+
+    plot = tmp_path / "front.svg"
+    page_of(planned, "--plot", plot)
+    tree = ElementTree.parse(plot).getroot()
+    assert tree.tag == f"{SVG}svg"
+    texts = [element.text or "" for element in tree.iter(f"{SVG}text")]
+    bundle = Bundle.open(planned, verify=False)
+    assert bundle.manifest.tiers[0].tier in texts
+    assert any(bundle.energy.source in text for text in texts)
+    assert any(bundle.manifest.device in text for text in texts)
+
+
+def test_a_hostile_model_name_is_text_in_the_plot(edit: Edit, tmp_path: Path) -> None:
+    """What a bundle says of itself cannot leave its place in the file."""
+    import xml.etree.ElementTree as ElementTree
+
+    plot = tmp_path / "front.svg"
+    page_of(edit(lambda m: m["model"].update(name="<script>alert(1)</script>&")), "--plot", plot)
+    tree = ElementTree.parse(plot).getroot()
+    assert not list(tree.iter(f"{SVG}script"))
+    assert any("<script>" in (element.text or "") for element in tree.iter(f"{SVG}text"))
