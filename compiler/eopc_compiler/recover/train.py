@@ -131,7 +131,7 @@ class Trainer:
         self.state.start_loss = self.state.best_loss = _mean(losses)
         self.state.check_s = self._clock() - began
         self.state.selection.append((self._elapsed(), 0, losses))
-        self._say(f"before recovery: selection loss {self.state.start_loss:.4f}")
+        self._say(f"before training: selection loss {self.state.start_loss:.4f}")
 
     def _check(self) -> None:
         state = self.state
