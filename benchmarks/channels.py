@@ -23,6 +23,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def training_text(tokenizer: Tokenizer, args: argparse.Namespace, seed: int) -> 
 
 def trained(
     start: Row, batches: Sequence[Batch], text: tuple[CalibrationSet, CalibrationSet], steps: int, seed: int
-) -> Row:
+) -> Iterator[Row]:
     """The tier that trained scorers and counts make of one that chooses by utility."""
     _, model, fitted, selector = start
     training, selection = text
@@ -99,7 +100,11 @@ def trained(
         settings,
         report=partial(click.echo, err=True),
     )
-    return "trained", model, fit_selector(model, found.selector, batches, prompt, scorers=found.scorers), found.selector
+    pairs = zip(fitted, found.scorers, strict=True)
+    kept = tuple(f if s is None else replace(f, prior=s.prior, weight=s.weight) for f, s in pairs)
+    yield "trained", model, kept, found.selector
+    again = fit_selector(model, found.selector, batches, prompt, scorers=found.scorers)
+    yield "trained, fit", model, again, found.selector
 
 
 def methods(
@@ -120,7 +125,7 @@ def methods(
             yield name, model, unfitted(model, selector, batches, prompt), selector
         yield (start := (f"{name} fit", model, fit_selector(model, selector, batches, prompt), selector))
     if text is not None:
-        yield trained(start, batches, text, args.steps, seed)
+        yield from trained(start, batches, text, args.steps, seed)
         return
     generator = torch.Generator().manual_seed(seed)
     rest = [torch.cat([torch.arange(core), core + torch.randperm(width - core, generator=generator)])] * layers
