@@ -12,7 +12,7 @@ is text of the same domains, drawn anew with every seed. At the same number of c
     chosen      four fifths fixed, the rest chosen by the prompt, maps as they are
     chosen fit  the same, down_proj fitted to the choices
     random fit  four fifths fixed, the rest drawn once, fitted
-    trained     (with --steps, beside the two fits only) chosen fit, what ranks its channels trained, fitted again
+    trained     (with --steps, beside the two fits only) chosen fit, what ranks its channels and their counts trained
 
 Speeds are medians, both tiers in turn in one process.
 """
@@ -23,7 +23,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from eopc_compiler.checkpoint import open_checkpoint
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.recover import TrainingText
 from eopc_compiler.selector import Selector
-from eopc_compiler.selector_fit import FittedChannels, fit_selector, selected_losses, unfitted
+from eopc_compiler.selector_fit import FittedChannels, fit_selector, selected_losses, unfitted, with_scorers
 from eopc_compiler.selector_train import scorer_settings, train_scorers
 from eopc_compiler.sequences import next_token_losses, run_blocks
 from eopc_runtime.bundle import Bundle
@@ -83,7 +82,7 @@ def training_text(tokenizer: Tokenizer, args: argparse.Namespace, seed: int) -> 
 
 def trained(
     start: Row, batches: Sequence[Batch], text: tuple[CalibrationSet, CalibrationSet], steps: int, seed: int
-) -> Iterator[Row]:
+) -> Row:
     """The tier that trained scorers and counts make of one that chooses by utility."""
     _, model, fitted, selector = start
     training, selection = text
@@ -100,11 +99,7 @@ def trained(
         settings,
         report=partial(click.echo, err=True),
     )
-    pairs = zip(fitted, found.scorers, strict=True)
-    kept = tuple(f if s is None else replace(f, prior=s.prior, weight=s.weight) for f, s in pairs)
-    yield "trained", model, kept, found.selector
-    again = fit_selector(model, found.selector, batches, prompt, scorers=found.scorers)
-    yield "trained, fit", model, again, found.selector
+    return "trained", model, with_scorers(fitted, found.scorers), found.selector
 
 
 def methods(
@@ -125,7 +120,7 @@ def methods(
             yield name, model, unfitted(model, selector, batches, prompt), selector
         yield (start := (f"{name} fit", model, fit_selector(model, selector, batches, prompt), selector))
     if text is not None:
-        yield from trained(start, batches, text, args.steps, seed)
+        yield trained(start, batches, text, args.steps, seed)
         return
     generator = torch.Generator().manual_seed(seed)
     rest = [torch.cat([torch.arange(core), core + torch.randperm(width - core, generator=generator)])] * layers

@@ -25,6 +25,7 @@ from eopc_compiler.planner import TierPlan
 from eopc_compiler.pricing import must_prune, reference_energy, storage_for
 from eopc_compiler.proxies import compile_proxies
 from eopc_compiler.recover import RECOVERY_TOKENS, RecoverSettings, recover_ladder, training_windows
+from eopc_compiler.selector_fit import with_scorers
 from eopc_compiler.sequences import mean_loss
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_page, write_plan
 from eopc_compiler.stage_plan import plan_tiers, prefill_depths
@@ -259,8 +260,10 @@ def repair_tiers(state: CompileState) -> CompileState:
                 config = tier_config(state.config, tier.mask)
                 TierExtras.write_keys_and_values(path, name, state.table, WeightReader(weights), config, tier.depth)
             elif tier.selector is not None:
-                trained = read_scorers(state.scorers[index])[1] if index in state.scorers else ()
-                fitted = fit(state, model(), tier.selector, report=report, scorers=trained)
+                trained = read_scorers(state.scorers[index]) if index in state.scorers else None
+                fitted = fit(state, model(), trained.start if trained else tier.selector, report=report)
+                if trained:
+                    fitted = with_scorers(fitted, trained.scorers)
                 TierExtras.write_selector(path, name, model(), tier.selector, fitted, storage)
             else:
                 depth = state.plan[tier.prefill].depth
@@ -310,7 +313,7 @@ PASSES: tuple[Pass, ...] = (
     write_plan_only,  # the end of --dry-run
     recover_shared,  # before storing: every tier gains from it
     store_weights,  # before graphs: they point into it
-    train_selectors,  # after storing, before fitting: channels are ranked as they are stored, fitted as they are ranked
+    train_selectors,  # after storing, before fitting: channels are ranked on the maps as they will be fitted
     repair_tiers,  # after storing: what rounding did is repaired too
     export_graphs,
     check_operators,  # before staging: a refusal on the board would come too late to change the graph

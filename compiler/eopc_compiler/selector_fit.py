@@ -38,6 +38,9 @@ class Scorer:
     weight: Tensor
 
 
+Scorers = tuple[Scorer | None, ...]  # by layer; None: nothing to choose
+
+
 @dataclass(frozen=True, slots=True)
 class FittedChannels:
     """The FFN of one layer of a selecting tier, as it is stored.
@@ -70,6 +73,12 @@ class FittedChannels:
         return kept.scatter_(1, core + ids, 1.0)
 
 
+def with_scorers(fitted: Sequence[FittedChannels], scorers: Scorers) -> tuple[FittedChannels, ...]:
+    """The same maps, with channels ranked by these scorers."""
+    pairs = zip(fitted, scorers, strict=True)
+    return tuple(f if s is None else replace(f, prior=s.prior, weight=s.weight) for f, s in pairs)
+
+
 @torch.no_grad()
 def fit_selector(
     model: Llama,
@@ -79,7 +88,6 @@ def fit_selector(
     round_weight: Round = lambda _layer, weight, _covariance: weight,
     dtype: torch.dtype = torch.float32,
     report: Callable[[int, int], None] | None = None,
-    scorers: Sequence[Scorer | None] = (),
 ) -> tuple[FittedChannels, ...]:
     """Fit every layer of a tier that chooses channels.
 
@@ -87,7 +95,6 @@ def fit_selector(
         model: the whole model in deployment form; it is left as it is, and runs the prompts.
         prompt: tokens of every window [n, S] that the choice is made by.
         round_weight: how the core's matrix is stored; pools are stored in `dtype`.
-        scorers: of every layer, where they were trained.
     """
     ours, fitted = [model.model.embed_tokens(b.tokens)[:, prompt:] for b in batches], list[FittedChannels]()
     for index, (pasts, energies) in enumerate(_prompts(model, batches, prompt)):
@@ -98,8 +105,6 @@ def fit_selector(
         targets = [down(h) for h in hidden]
         mean = _mean_squares(energies, batches, prompt)[:width]
         plain = _unfitted(layer, selector, index, mean)
-        if scorers and (scorer := scorers[index]):
-            plain = replace(plain, prior=scorer.prior, weight=scorer.weight)
         masks = [plain.kept(energy[:, :width], selector.chosen[index]) for energy in energies]
         inputs = [h[..., :width] * mask[:, None] for h, mask in zip(hidden, masks, strict=True)]
         moments = sum_moments(batches, inputs, targets).moments()

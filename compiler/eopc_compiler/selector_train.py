@@ -11,7 +11,8 @@ The loss is KL(dense || tier) over answers, behind the whole model's cache of th
 choice as if it were sigmoid((s - log λ) / TEMPERATURE) (straight through).
 
 What ships is static in cost: layer l runs k_l channels of its pool, the mean count at the last λ, rounded so that their
-sum, and with it the joules, stay what they were; for each prompt the k_l of them with the largest s.
+sum, and with it the joules, stay what they were; for each prompt the k_l of them with the largest s. The maps stay
+those that scorers were trained on: fitted again to the new choices, they lost more on text that neither had seen.
 """
 
 from __future__ import annotations
@@ -33,7 +34,15 @@ from eopc_compiler.recover.settings import RecoverSettings
 from eopc_compiler.recover.text import Draws, TrainingText
 from eopc_compiler.recover.train import Say, Trainer, TrainState
 from eopc_compiler.selector import Selector
-from eopc_compiler.selector_fit import FittedChannels, Scorer, domain_means, prompt_energies, selected_losses
+from eopc_compiler.selector_fit import (
+    FittedChannels,
+    Scorer,
+    Scorers,
+    domain_means,
+    prompt_energies,
+    selected_losses,
+    with_scorers,
+)
 from eopc_compiler.selector_planner import MOST_CHOSEN
 from eopc_compiler.sequences import keys_and_values, run_attention
 
@@ -47,7 +56,7 @@ class TrainedScorers:
     """Scorers by layer (None: nothing to choose), the counts that go with them, and how they came about."""
 
     selector: Selector
-    scorers: tuple[Scorer | None, ...]
+    scorers: Scorers
     before: dict[str, float]  # selection loss of answers by domain, nats
     after: dict[str, float]
     state: TrainState
@@ -164,13 +173,12 @@ class _Scoring:
     @torch.no_grad()
     def selection(self) -> dict[str, float]:
         selector, scorers = self.static()
-        pairs = zip(self._fitted, scorers, strict=True)
-        channels = [f if s is None else replace(f, prior=s.prior, weight=s.weight) for f, s in pairs]
-        losses = selected_losses(self._model, selector, channels, self._selection, self._prompt)
+        fitted = with_scorers(self._fitted, scorers)
+        losses = selected_losses(self._model, selector, fitted, self._selection, self._prompt)
         return {self._names[d]: loss for d, loss in domain_means(self._selection, losses).items()}
 
     @torch.no_grad()
-    def static(self) -> tuple[Selector, tuple[Scorer | None, ...]]:
+    def static(self) -> tuple[Selector, Scorers]:
         """The counts and scorers that would ship now."""
         log_dual, scores = self._log_dual(), self._scores()
         means = [float((s > log_dual).sum(1).double().mean()) for s in scores.values()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean as mean
 
@@ -12,13 +12,21 @@ from eopc_compiler.calibration import read_mixture
 from eopc_compiler.planner import TierPlan
 from eopc_compiler.recover import RECOVERY_TOKENS, training_windows
 from eopc_compiler.selector import Selector
-from eopc_compiler.selector_fit import Scorer
+from eopc_compiler.selector_fit import Scorer, Scorers
 from eopc_compiler.selector_train import TrainedScorers, scorer_settings, train_scorers
 from eopc_compiler.stage_bundle import write_plan
 from eopc_compiler.state import CompileState
 from eopc_compiler.stored_model import deployed_model, fit, repair_inputs
 
-Scorers = tuple[Scorer | None, ...]
+
+@dataclass(frozen=True, slots=True)
+class StoredScorers:
+    """What a file of scorers holds."""
+
+    start: Selector  # the tier that they were trained on, and is fitted
+    selector: Selector  # the tier that chooses by them
+    scorers: Scorers
+    gain: float  # nats on the selection text
 
 
 def train_selectors(state: CompileState) -> CompileState:
@@ -41,16 +49,14 @@ def train_selectors(state: CompileState) -> CompileState:
     return state
 
 
-def read_scorers(path: Path) -> tuple[Selector, Scorers, float]:
-    """The counts, the scorers by layer and the nats gained that `_trained` wrote."""
+def read_scorers(path: Path) -> StoredScorers:
+    """What `_trained` wrote."""
     from safetensors.torch import load_file
 
     tensors = load_file(path)
-    selector = Selector(*(tuple(tensors[name].tolist()) for name in ("core", "pool", "chosen")))
-    scorers = tuple(
-        Scorer(tensors[f"{i}.prior"], tensors[f"{i}.weight"]) if n else None for i, n in enumerate(selector.chosen)
-    )
-    return selector, scorers, float(tensors["gain"])
+    core, pool, before, after = (tuple(tensors[name].tolist()) for name in ("core", "pool", "before", "after"))
+    scorers = tuple(Scorer(tensors[f"{i}.prior"], tensors[f"{i}.weight"]) if n else None for i, n in enumerate(after))
+    return StoredScorers(Selector(core, pool, before), Selector(core, pool, after), scorers, float(tensors["gain"]))
 
 
 def _trained(state: CompileState, index: int, selector: Selector) -> Path:
@@ -79,7 +85,7 @@ def _trained(state: CompileState, index: int, selector: Selector) -> Path:
             model, selector, start, text, priced, selection.domains, args.choice_part, settings,
             folder=folder, report=state.tick,
         )  # fmt: skip
-        _save(path, found)
+        _save(path, selector, found)
         before, after = mean(found.before.values()), mean(found.after.values())
         state.say(f"t{index}: {before:.3f} -> {after:.3f} nats on selection text, {found.state.step} steps")
 
@@ -87,10 +93,11 @@ def _trained(state: CompileState, index: int, selector: Selector) -> Path:
     return state.cache.get(f"scorers-t{index}", inputs, ".safetensors", produce)
 
 
-def _save(path: Path, found: TrainedScorers) -> None:
+def _save(path: Path, start: Selector, found: TrainedScorers) -> None:
     from safetensors.torch import save_file
 
-    tensors = {name: torch.tensor(counts) for name, counts in asdict(found.selector).items()}
+    counts = {"core": start.core, "pool": start.pool, "before": start.chosen, "after": found.selector.chosen}
+    tensors = {name: torch.tensor(values) for name, values in counts.items()}
     tensors["gain"] = torch.tensor(mean(found.before.values()) - mean(found.after.values()))
     for i, scorer in enumerate(found.scorers):
         if scorer is not None:
@@ -99,5 +106,5 @@ def _save(path: Path, found: TrainedScorers) -> None:
 
 
 def _with_counts(tier: TierPlan, path: Path) -> TierPlan:
-    selector, _, gain = read_scorers(path)
-    return replace(tier, selector=selector, loss=tier.loss - gain, note=f"{tier.note}, trained")
+    stored = read_scorers(path)
+    return replace(tier, selector=stored.selector, loss=tier.loss - stored.gain, note=f"{tier.note}, trained")

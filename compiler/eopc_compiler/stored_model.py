@@ -21,7 +21,7 @@ from eopc_compiler.importance import Report
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.selector import Selector
-from eopc_compiler.selector_fit import FittedChannels, Scorer, fit_selector
+from eopc_compiler.selector_fit import FittedChannels, fit_selector
 from eopc_compiler.sequences import mean_loss
 from eopc_compiler.state import CompileState
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
@@ -135,13 +135,11 @@ def fit(
     selector: Selector,
     most: int | None = None,
     report: Report | None = None,
-    scorers: Sequence[Scorer | None] = (),
 ) -> tuple[FittedChannels, ...]:
-    """A tier that chooses channels, fitted on the calibration text; arguments as those of `repair` and the fit."""
+    """A tier that chooses channels, fitted on the calibration text; arguments as those of `repair`."""
     assert state.calibration and state.storage
     text, dtype = state.calibration.batches(most=most), getattr(torch, state.storage.dtype)
-    prompt, stored = state.args.choice_part, rounding(state.storage)
-    return fit_selector(model, selector, text, prompt, stored, dtype, report, scorers)
+    return fit_selector(model, selector, text, state.args.choice_part, rounding(state.storage), dtype, report)
 
 
 def repair_inputs(state: CompileState) -> dict[str, Any]:

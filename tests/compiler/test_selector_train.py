@@ -15,7 +15,7 @@ from eopc_compiler.config import LlamaConfig
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.recover import TrainingText
 from eopc_compiler.selector import Selector
-from eopc_compiler.selector_fit import FittedChannels, fit_selector, selected_losses, unfitted
+from eopc_compiler.selector_fit import FittedChannels, fit_selector, selected_losses, unfitted, with_scorers
 from eopc_compiler.selector_train import (
     TrainedScorers,
     dual_variable,
@@ -116,10 +116,7 @@ def test_scorers_that_rank_upside_down_learn_better(model: Llama) -> None:
     right, wrong = loss(selector_of(model), fitted), loss(selector_of(model), scrambled(fitted))
     trained = train(model, scrambled(fitted), 60)
     assert sum(trained.selector.chosen) == sum(selector_of(model).chosen)
-    scored = tuple(
-        replace(f, prior=s.prior, weight=s.weight) for f, s in zip(fitted, trained.scorers, strict=True) if s
-    )
-    after = loss(trained.selector, scored)
+    after = loss(trained.selector, with_scorers(fitted, trained.scorers))
     assert trained.before["random"] == pytest.approx(wrong, abs=1e-4)
     assert trained.after["random"] == pytest.approx(after, abs=1e-4)
     assert after - right < 0.5 * (wrong - right)
