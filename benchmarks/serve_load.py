@@ -4,7 +4,7 @@
 
 The server runs in this process, so that its memory is this process's, and the clients in another. Answers are compared
 with those that the session gives alone, for requests with different prompts, seeds and budgets. A request that is
-refused is sent again after Retry-After; clients run when the server leaves a core idle (SCHED_IDLE), as if elsewhere.
+refused is sent again after Retry-After; clients give way to the server (nice 19), as they would on other machines.
 Own time per token: from the end of the step that computed it until its chunk was handed to the socket; it holds what
 other processes take from this one, so measure it on a machine that has nothing else to do. Own CPU per token: all that
 the server's event loop used, over the tokens. Printed: one JSON object.
@@ -176,7 +176,7 @@ def load(service: Service, requests: list[dict[str, Any]], args: argparse.Namesp
     server = Server(timed, service, grace_s=60.0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    command = ["chrt", "--idle", "0", sys.executable, __file__, str(args.bundle), "--clients", str(args.clients)]
+    command = ["nice", "-n", "19", sys.executable, __file__, str(args.bundle), "--clients", str(args.clients)]
     command += ["--drive", f"http://127.0.0.1:{listener.getsockname()[1]}"]
 
     def clients(each: int) -> dict[str, Any]:
