@@ -37,7 +37,7 @@ from eopc_compiler.model import Llama, build_model
 from eopc_compiler.recover import TrainingText
 from eopc_compiler.selector import Selector
 from eopc_compiler.selector_fit import FittedChannels, fit_selector, selected_losses, unfitted, with_scorers
-from eopc_compiler.selector_train import scorer_settings, train_scorers
+from eopc_compiler.selector_train import ScorerText, scorer_settings, train_scorers
 from eopc_compiler.sequences import next_token_losses, run_blocks
 from eopc_runtime.bundle import Bundle
 from eopc_runtime.runners.ort import OrtTier
@@ -87,18 +87,9 @@ def trained(
     _, model, fitted, selector = start
     training, selection = text
     windows = TrainingText(training.domains, (1.0,) * len(training.domains))
-    settings, prompt = scorer_settings(None, steps, seed), LENGTH // 2
-    found = train_scorers(
-        model,
-        selector,
-        fitted,
-        windows,
-        batches,
-        selection.domains,
-        prompt,
-        settings,
-        report=partial(click.echo, err=True),
-    )
+    texts = ScorerText(windows, batches, selection.domains, LENGTH // 2)
+    settings, report = scorer_settings(None, steps, seed), partial(click.echo, err=True)
+    found = train_scorers(model, selector, fitted, texts, settings, report=report)
     return "trained", model, with_scorers(fitted, found.scorers), found.selector
 
 

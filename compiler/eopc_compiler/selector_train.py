@@ -62,6 +62,23 @@ class TrainedScorers:
     state: TrainState
 
 
+@dataclass(frozen=True)
+class ScorerText:
+    """What scorers are trained and judged on.
+
+    Args:
+        training: windows to train on.
+        priced: windows whose prompts λ is solved over.
+        selection: (name, windows [n, S]) that decide which scorers are kept, and whether any are.
+        prompt: tokens of every window that the choice is made by.
+    """
+
+    training: TrainingText
+    priced: Sequence[Batch]
+    selection: Domains
+    prompt: int
+
+
 def scorer_settings(minutes: float | None = None, steps: int | None = None, seed: int = 0) -> RecoverSettings:
     """How to train scorers, for so many minutes or steps."""
     return RecoverSettings(
@@ -73,10 +90,7 @@ def train_scorers(
     model: Llama,
     selector: Selector,
     fitted: Sequence[FittedChannels],
-    text: TrainingText,
-    priced: Sequence[Batch],
-    selection: Domains,
-    prompt: int,
+    text: ScorerText,
     settings: RecoverSettings,
     *,
     folder: Path | None = None,
@@ -87,14 +101,10 @@ def train_scorers(
     Args:
         model: the whole model in deployment form; it is left as it is, runs the prompts, and is the teacher.
         selector, fitted: the tier to start from (selector_fit.fit_selector); its maps stay as they are.
-        text: windows to train on.
-        priced: windows whose prompts λ is solved over.
-        selection: (name, windows [n, S]) that decide which scorers are kept, and whether any are.
-        prompt: tokens of every window that the choice is made by.
         folder: for the state of a run that may be killed; emptied of it at the end.
     """
-    problem = _Scoring(model, selector, fitted, text, priced, selection, prompt, settings)
-    fingerprint = run_fingerprint(settings, False, text, selection, problem.parameters)
+    problem = _Scoring(model, selector, fitted, text, settings)
+    fingerprint = run_fingerprint(settings, False, text.training, text.selection, problem.parameters)
     trainer = Trainer(problem, settings, time.monotonic, report or (lambda _: None), folder, fingerprint)
     state = trainer.run()
     before, after = state.losses(0), state.losses(state.best_step)
@@ -133,32 +143,29 @@ class _Scoring:
         model: Llama,
         selector: Selector,
         fitted: Sequence[FittedChannels],
-        text: TrainingText,
-        priced: Sequence[Batch],
-        selection: Domains,
-        prompt: int,
+        text: ScorerText,
         settings: RecoverSettings,
     ) -> None:
-        self._model, self._selector, self._fitted, self._prompt = model, selector, fitted, prompt
-        self._draws, self._tokens = Draws(text, settings.seed), text.tokens
+        self._model, self._selector, self._fitted, self._prompt = model, selector, fitted, text.prompt
+        self._draws, self._tokens = Draws(text.training, settings.seed), text.training.tokens
         length = self._tokens.shape[1]
         self._windows, self._part = (max(1, n // length) for n in (settings.batch_tokens, settings.micro_tokens))
         self._rows = settings.logit_rows
-        self._names = [name for name, _ in selection]
+        self._names = [name for name, _ in text.selection]
         self._selection = [
-            Batch(i, 1.0, t) for i, (_, w) in enumerate(selection) for t in torch.split(w, self._windows)
+            Batch(i, 1.0, t) for i, (_, w) in enumerate(text.selection) for t in torch.split(w, self._windows)
         ]
         self._pools = selector.pools
-        energies = prompt_energies(model, priced, prompt)
+        energies = prompt_energies(model, text.priced, text.prompt)
         self._energies = {i: self._of_pool(i, energies[i]) for i in self._pools}
         self._down = [channels.down() for channels in fitted]
         self.parameters: dict[str, nn.Parameter] = {}
         for i in self._pools:
-            log_prior, log_weight = (torch.log(v + 1e-30) for v in (fitted[i].prior, fitted[i].weight))
-            scores = torch.logaddexp(torch.log(self._energies[i] + 1e-30), log_prior) + log_weight
-            log_weight = log_weight - dual_variable([scores], selector.chosen[i])  # λ = 1 gives the counts there are
-            self.parameters[f"{i}.log_prior"] = nn.Parameter(log_prior)
-            self.parameters[f"{i}.log_weight"] = nn.Parameter(log_weight)
+            for name, value in (("prior", fitted[i].prior), ("weight", fitted[i].weight)):
+                self.parameters[f"{i}.log_{name}"] = nn.Parameter(torch.log(value + 1e-30))
+            with torch.no_grad():  # λ = 1 gives the counts there are
+                scores = self._score(i, self._energies[i])
+                self.parameters[f"{i}.log_weight"].sub_(dual_variable([scores], selector.chosen[i]))
 
     def backward(self, step: int) -> float:
         log_dual, total = self._log_dual(), 0.0

