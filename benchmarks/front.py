@@ -34,7 +34,8 @@ from eopc_compiler.pricing import reference_energy
 from eopc_compiler.selector_fit import domain_means, selected_losses
 from eopc_compiler.stage_plan import plan_tiers
 from eopc_compiler.state import CompileState, Workload
-from eopc_compiler.stored_model import deployed_model, fit, repair
+from eopc_compiler.stored_model import deployed_model, fit, pruned_prompt, repair
+from eopc_compiler.token_selector import PromptPath
 from eopc_runtime.units import format_energy
 
 
@@ -81,11 +82,13 @@ class Judge:
         repaired = repair_tier(self.model, mask, state.calibration.batches(), 0, range(len(full.layers)))[0]
         return self.entry("throughout", price(mask), throughout(repaired, self.text))
 
-    def static(self, kind: str, tier: TierPlan, depth: int | None = None) -> Entry:
-        """A tier's answers behind prompts of this depth, repaired for them."""
-        behind = ContinuationLoss(self.model, self.text, self.prompt, depth)
+    def static(self, kind: str, tier: TierPlan, path: PromptPath | None = None) -> Entry:
+        """A tier's answers behind prompts of this path, repaired for them."""
+        assert self.state.storage
+        pruned = pruned_prompt(self.state, self.state.storage, path)
+        behind = ContinuationLoss(self.model, self.text, self.prompt, pruned)
         whole = tier.mask == full_mask(self.state.config)
-        repaired = None if whole else repair(self.state, self.model, tier.mask, depth=depth)[0]
+        repaired = None if whole else repair(self.state, self.model, tier.mask, pruned=pruned)[0]
         losses = behind.of_mask(tier.mask) if repaired is None else behind.of_tier(repaired, tier.mask)
         return self.entry(kind, tier.energy_j, losses)
 
@@ -106,9 +109,10 @@ def entries(judge: Judge, budget_j: float, plans: Mapping[str, tuple[TierPlan, .
     yield judge.static("handed over", static)
     pruned = plans["pruned"]
     tier = _tier(pruned, budget_j)
-    depth = pruned[tier.prefill].depth if tier else None
-    if tier and depth is not None:
-        yield judge.static(f"pruned to {depth}", tier, depth)
+    path = pruned[tier.prefill].prompt if tier else None
+    if tier and path:
+        share = f", {path.share:.0%}" if path.share else ""
+        yield judge.static(f"pruned to {path.depth}{share}", tier, path)
     choosing = next((t for t in plans["chosen"] if t.budget_j == budget_j and t.selector), None)
     if choosing:
         yield judge.chosen(choosing)
@@ -148,7 +152,7 @@ def main() -> None:
         for row in rows:
             by_domain = "  ".join(f"{d} {v:+.3f}" for d, v in zip(DOMAINS, row.added, strict=True))
             best = "  <- lowest" if row is min(rows, key=lambda r: r.mean) else ""
-            click.echo(f"  {row.kind:14}{row.energy_j:7.3f} J  {by_domain}  mean {row.mean:+.3f}{best}")
+            click.echo(f"  {row.kind:19}{row.energy_j:7.3f} J  {by_domain}  mean {row.mean:+.3f}{best}")
 
 
 if __name__ == "__main__":

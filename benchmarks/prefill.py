@@ -17,10 +17,11 @@ import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import click
 import torch
-from corpora import add_corpora_option, evaluation_windows
+from corpora import add_corpora_option, calibration_set, evaluation_windows
 from torch import Tensor
 
 from eopc_compiler.calibration import CalibrationSet
@@ -28,11 +29,14 @@ from eopc_compiler.checkpoint import open_checkpoint
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.prefill_ablation import PrefillPruning, continuation_losses, first, interleaved, last
 from eopc_compiler.stage_importance import stage_importance
+from eopc_compiler.stored_model import TOKEN_WINDOWS
+from eopc_compiler.token_fit import fit_token_scorers
 from eopc_runtime.bundle import Bundle, TierInfo
 from eopc_runtime.runners.ort import OrtTier
 
 DOMAINS = ("wiki", "code", "maths")
 LENGTH, PROMPT = 512, 384
+KINDS: tuple[Literal["score", "attention", "chance"], ...] = ("score", "attention", "chance")
 
 
 def importance(args: argparse.Namespace) -> None:
@@ -61,18 +65,22 @@ def ablation(args: argparse.Namespace) -> None:
 def tokens(args: argparse.Namespace) -> None:
     """Rows of added loss: prompts through fewer layers, and fewer tokens of prompts through more layers.
 
-    Of each group the first row skips whole layers, and the others spare as many FLOPs, keys and values aside.
+    Of each group the first row skips whole layers, and the others spare as many FLOPs, keys and values aside. Scores
+    are fitted on the calibration text.
     """
     model, windows = load(args, LENGTH)
-    layers = len(model.blocks)
+    layers, tokenizer = len(model.blocks), open_checkpoint(args.model).tokenizer()
+    text = calibration_set(tokenizer, args.corpora, DOMAINS, TOKEN_WINDOWS * LENGTH, LENGTH, args.seed)
+    scorers = dict(fit_token_scorers(model, text.batches(1), PROMPT))
+    scorers[layers - 1] = scorers[layers - 2]  # what runs in the last layer makes no difference
     rows: dict[str, PrefillPruning] = {}
     for count in args.counts:
         rows[f"{count} layers by all tokens"] = PrefillPruning(last(layers, count))
         for share in args.shares:
-            over = round(count / (1 - share))
-            for kind in ("attention", "chance"):
-                pruning = PrefillPruning(last(layers, over), share=1 - count / over, chosen_by=kind)
-                rows[f"{over} layers by {count / over:.0%} of tokens, {kind}"] = pruning
+            over = 1 + round((count - 1) / (1 - share))
+            for kind in KINDS:
+                pruning = PrefillPruning(last(layers, over), share=share, chosen_by=kind, scorers=scorers)
+                rows[f"{over} layers by {1 - share:.0%} of tokens, {kind}"] = pruning
     show(model, windows, rows)
 
 
@@ -155,7 +163,8 @@ def main() -> None:
     commands.choices["ablation"].add_argument("--skip", type=int, default=10)
     commands.choices["ablation"].add_argument("--counts", type=int, nargs="+", default=[6, 8, 10, 12])
     commands.choices["tokens"].add_argument("--counts", type=int, nargs="+", default=[8, 12])
-    commands.choices["tokens"].add_argument("--shares", type=float, nargs="+", default=[1 / 3, 1 / 2])
+    commands.choices["tokens"].add_argument("--shares", type=float, nargs="+", default=[5 / 16, 1 / 2])
+    commands.choices["tokens"].add_argument("--seed", type=int, default=0, help="of the calibration draw")
     command = commands.add_parser("speed", help=speed.__doc__)
     command.set_defaults(function=speed)
     command.add_argument("bundle", type=Path)

@@ -27,6 +27,7 @@ from eopc_compiler.quantize import FP8, GRIDS, Quantized, choose_block, gptq, ro
 from eopc_compiler.rotate import Rotation, rotate_head, rotate_layer
 from eopc_compiler.selector import ChannelSelector, Selector
 from eopc_compiler.sequences import run_layer
+from eopc_compiler.token_selector import PromptPath
 from eopc_compiler.weights import ColumnMatrix, Entry, RowMatrix, Stored, WeightReader, WeightWriter
 from eopc_runtime.energy import TierCost
 
@@ -102,26 +103,26 @@ class Storage:
         return {"float32": 4, "float16": 2}[self.dtype]
 
     def cost(
-        self, config: LlamaConfig, mask: Mask, depth: int | None = None, selector: Selector | None = None
+        self, config: LlamaConfig, mask: Mask, path: PromptPath | None = None, selector: Selector | None = None
     ) -> TierCost:
         """What a tier stored this way costs to run, counted.
 
         Args:
-            depth: layers that its prompts run through; None for all.
+            path: how its prompts run; None for through all layers.
             selector: of channels beside those of the mask, whose weights are gathered in the compute type.
         """
         cost = tier_cost(config, mask, self.bytes_per_weight, self.value_bytes)
-        if depth is not None:
-            return replace(cost, prefill=prompt_cost(config, mask, depth, self.bytes_per_weight, self.value_bytes))
+        if path is not None:
+            return replace(cost, prefill=prompt_cost(config, mask, path, self.bytes_per_weight, self.value_bytes))
         if selector is None:
             return cost
         chosen = 3 * config.hidden_size * sum(selector.chosen)
-        whole, layers = full_mask(config), len(config.layers)
+        whole, every = full_mask(config), PromptPath(len(config.layers))
         return replace(
             cost,
             weight_bytes=cost.weight_bytes + chosen * self.value_bytes,
             flops_per_token=cost.flops_per_token + 2.0 * chosen,
-            prefill=prompt_cost(config, whole, layers, self.bytes_per_weight, self.value_bytes),
+            prefill=prompt_cost(config, whole, every, self.bytes_per_weight, self.value_bytes),
             gather_bytes=2 * chosen * self.value_bytes,  # read, and written
         )
 
@@ -224,7 +225,7 @@ def load_tier(config: LlamaConfig, table: WeightTable, reader: WeightReader, con
 
 def load_prompt_pass(
     config: LlamaConfig,
-    depth: int,
+    path: PromptPath,
     table: WeightTable,
     reader: WeightReader,
     context: int,
@@ -232,7 +233,7 @@ def load_prompt_pass(
 ) -> PromptPass:
     """The same for the pass that fills the cache, and adds up energies of pools."""
     with torch.device("meta"):
-        model = PromptPass(config, depth, context=context, pools=pools)
+        model = PromptPass(config, path, context=context, pools=pools)
     _load(model, config, table, reader)
     return model.eval()
 

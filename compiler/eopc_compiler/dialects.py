@@ -22,7 +22,7 @@ from eopc_compiler.config import LlamaConfig
 
 
 class Ops(Protocol):
-    """The four operations that dialects spell differently."""
+    """The operations that are spelled differently."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x²) + eps) * weight over the last dimension."""
@@ -32,6 +32,9 @@ class Ops(Protocol):
 
     def write_cache(self, cache: Tensor, new: Tensor, write_index: Tensor) -> Tensor:
         """Write new [B, heads, S, head_dim] into cache [B, heads, T, head_dim] from slot write_index[b] on."""
+
+    def write_rows(self, x: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+        """x [1, S, hidden] with rows [1, k, hidden] in the places ids [k]."""
 
     def attention(self, q: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
         """softmax(scale q kᵀ + mask) v with grouped heads: [B, q_heads, S, head_dim]."""
@@ -82,6 +85,9 @@ class EagerOps:
         cache[:, :, start : start + new.shape[2]] = new  # in place: the caller owns the buffer
         return cache
 
+    def write_rows(self, x: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+        return x.index_copy(1, ids, rows)
+
     def attention(self, q: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
         return grouped_attention(q, key, value, mask, scale)
 
@@ -104,6 +110,10 @@ class PrimitiveOps:
         head = torch.arange(heads)[:, None].expand(heads, length)
         index = torch.stack([torch.zeros_like(head), head, slots[None, :].expand(heads, length)], -1)
         return _symbolic("ScatterND", (cache, index[None], new), 18, cache)
+
+    def write_rows(self, x: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+        index = torch.stack([torch.zeros_like(ids), ids], -1)  # one (batch, token) pair per row
+        return _symbolic("ScatterND", (x, index[None], rows), 18, x)
 
     def attention(self, q: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
         # TensorRT fuses this spelling, with one KV head per query head, and no other that was tried: neither groups as
@@ -130,6 +140,9 @@ class NativeOps:
 
     def write_cache(self, cache: Tensor, new: Tensor, write_index: Tensor) -> Tensor:
         return _symbolic("TensorScatter", (cache, new, write_index), 24, cache, axis=-2)
+
+    def write_rows(self, x: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+        return PrimitiveOps.write_rows(self, x, rows, ids)  # type: ignore[arg-type]  # stateless
 
     def attention(self, q: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
         return _symbolic("Attention", (q, key, value, mask), 24, q, scale=scale)

@@ -29,6 +29,7 @@ from eopc_compiler.dialects import Dialect
 from eopc_compiler.prompt_pass import Pool
 from eopc_compiler.quantize import FP8
 from eopc_compiler.selector import Selector
+from eopc_compiler.token_selector import PromptPath
 from eopc_compiler.tracing import Target, trace, trace_prompt_pass, trace_selector
 from eopc_compiler.weights import ColumnMatrix, Entry, Piece, RowMatrix, Stored
 
@@ -103,19 +104,19 @@ def export_tier(
 
 def export_prompt_pass(
     config: LlamaConfig,
-    depth: int,
+    prompt: PromptPath,
     target: Target,
     table: WeightTable,
     path: Path,
     pools: Sequence[Pool | None] = (),
 ) -> None:
-    """Write the graph that fills a cache: the first `depth` layers, then only keys and values.
+    """Write the graph that fills a cache: the layers that the prompt runs through, of the others keys and values.
 
     Args:
-        table: has `self_attn.kv_proj` of the skipped layers (`extras.key_value_entries`).
+        table: has what `TierExtras.write_prompt` wrote for that prompt.
         pools: per layer, FFN channels whose energies are added up; empty for none.
     """
-    _write(trace_prompt_pass(config, depth, target, pools), config, target, table, path)
+    _write(trace_prompt_pass(config, prompt, target, pools), config, target, table, path)
 
 
 def export_selector(config: LlamaConfig, selector: Selector, target: Target, table: WeightTable, path: Path) -> None:

@@ -25,6 +25,7 @@ from eopc_compiler.model import Llama
 from eopc_compiler.quantize import Quantized, gptq
 from eopc_compiler.selector import Selector
 from eopc_compiler.selector_fit import FittedChannels
+from eopc_compiler.token_selector import PrunedPrompt
 from eopc_compiler.weights import ColumnMatrix, Entry, Piece, WeightReader, WeightWriter
 
 EXTRAS_FILE = "extras.bin"
@@ -58,12 +59,21 @@ class TierExtras:
         _write_table(folder, entries, writer)
 
     @classmethod
-    def write_keys_and_values(
-        cls, folder: Path, name: str, table: WeightTable, reader: WeightReader, config: LlamaConfig, depth: int
+    def write_prompt(
+        cls,
+        folder: Path,
+        name: str,
+        table: WeightTable,
+        reader: WeightReader,
+        config: LlamaConfig,
+        pruned: PrunedPrompt,
     ) -> None:
-        """The same for a tier whose prompts skip the layers from `depth` on."""
+        """The same for a tier whose prompts skip layers: their keys and values, and what chooses tokens in others."""
+        chosen = pruned.path.chosen(len(config.layers))
         with WeightWriter(folder / EXTRAS_FILE, name) as writer:
-            entries = key_value_entries(writer, table, reader, config, depth)
+            entries = key_value_entries(writer, table, reader, config, max(pruned.path.depth, chosen.stop))
+            for i in chosen:
+                entries[f"model.layers.{i}.token_scorer.weight"] = writer.tensor(pruned.scorers[i], "float32")
         _write_table(folder, entries, writer)
 
     @classmethod

@@ -29,6 +29,7 @@ from eopc_compiler.sequences import (
 )
 from eopc_compiler.surgery import Moments, repair, sum_moments
 from eopc_compiler.tier_model import tier_view
+from eopc_compiler.token_selector import PrunedPrompt
 
 KEPT_EVERY = 5  # layers: all hidden states would take as much memory as a small model, and save little time
 
@@ -52,17 +53,17 @@ class ContinuationLoss:
         model: the whole model, which also runs the prompts.
         batches: windows [n, S] of every domain.
         prompt: tokens of every window that the whole model has run already.
-        depth: layers the prompt has run through (`PromptCache`); None for all.
+        pruned: how the prompt has run (`PromptCache`); None for through all layers.
     """
 
-    def __init__(self, model: Llama, batches: Sequence[Batch], prompt: int, depth: int | None = None) -> None:
-        self.model, self.batches, self.prompt, self.depth = model, batches, prompt, depth
+    def __init__(self, model: Llama, batches: Sequence[Batch], prompt: int, pruned: PrunedPrompt | None = None) -> None:
+        self.model, self.batches, self.prompt, self.pruned = model, batches, prompt, pruned
         self.evaluations = 0
         self._past: list[list[Past]] = []  # per batch, per source layer
         self._inputs: list[list[Tensor]] = []  # [n, S - prompt, hidden] in front of source layers 0, KEPT_EVERY, ...
         with torch.no_grad(), fast_math():
             for _, _, tokens in batches:
-                x, cache = model.model.embed_tokens(tokens), PromptCache(model, prompt, depth)
+                x, cache = model.model.embed_tokens(tokens), PromptCache(model, prompt, pruned)
                 pasts, inputs = list[Past](), list[Tensor]()
                 for index, layer in enumerate(model.blocks):
                     past, behind = cache.enter(index, x)
@@ -132,14 +133,14 @@ class Met:
         return Met(self.pasts, tuple(h if h.isfinite().all() else x for h, x in zip(halves, self.hidden, strict=True)))
 
 
-def walk(model: Llama, batches: Sequence[Batch], prompt: int, depth: int | None = None) -> Iterator[Met]:
+def walk(model: Llama, batches: Sequence[Batch], prompt: int, pruned: PrunedPrompt | None = None) -> Iterator[Met]:
     """The whole model's own way through the layers, which a repair aims at; arguments as those of `repair_tier`.
 
     One `Met` in front of every layer, and one behind the last. Several repairs on one text can share them as a tuple.
     """
     with torch.no_grad():
         dense = [model.model.embed_tokens(batch.tokens) for batch in batches]
-        caches = [PromptCache(model, prompt, depth) for _ in batches]
+        caches = [PromptCache(model, prompt, pruned) for _ in batches]
         for index in range(len(model.blocks)):
             pasts = tuple(cache.enter(index, x)[0] for cache, x in zip(caches, dense, strict=True))
             yield Met(pasts, tuple(x[:, prompt:].clone() for x in dense))
@@ -156,7 +157,7 @@ def repair_tier(
     own: Collection[int],
     round_weight: Round = lambda _layer, weight, _covariance: weight,
     report: Callable[[int, int], None] | None = None,
-    depth: int | None = None,
+    pruned: PrunedPrompt | None = None,
     walked: Iterable[Met] | None = None,
 ) -> tuple[Llama, tuple[Repaired, ...]]:
     """Re-fit down_proj where a layer was narrowed or stands before a gap, on the cache the tier inherits.
@@ -170,14 +171,14 @@ def repair_tier(
         prompt: tokens of every window [n, S] whose keys and values are inherited.
         own: source layers that may have a down_proj of their own; the others that need it get only a bias.
         round_weight: how a new matrix is stored; later layers are fitted behind the stored one.
-        depth: layers the prompts have run through (`PromptCache`); None for all.
+        pruned: how the prompts have run (`PromptCache`); None for through all layers.
         walked: the `walk` of the same arguments, where it is at hand.
 
     Returns:
         The repaired tier, and what it has of its own.
     """
     tier, repaired = tier_view(model, mask), list[Repaired]()
-    way = enumerate(walked if walked is not None else walk(model, batches, prompt, depth))
+    way = enumerate(walked if walked is not None else walk(model, batches, prompt, pruned))
     at, met = next(way)
     ours = [x.float() for x in met.hidden]
     for position, (dims, layer) in enumerate(zip(mask.layers, tier.blocks, strict=True)):

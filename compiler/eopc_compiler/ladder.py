@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eopc_compiler.config import LayerDims, LlamaConfig
+from eopc_compiler.token_selector import PARTS, PromptPath
 from eopc_runtime.energy import TierCost
 from eopc_runtime.errors import ModelError
 
@@ -128,27 +129,37 @@ def tier_cost(
 
 
 def prompt_cost(
-    config: LlamaConfig, mask: Mask, depth: int, bytes_per_weight: Callable[[str, int], float], cache_bytes: int
+    config: LlamaConfig, mask: Mask, path: PromptPath, bytes_per_weight: Callable[[str, int], float], cache_bytes: int
 ) -> TierCost:
-    """Count what the graph costs that runs prompts through `depth` layers: no head, and K and V of the others.
+    """Count what the graph costs that runs prompts through part of the layers: no head, and K and V of the others.
 
-    Arguments as those of `tier_cost`.
+    Where a share c of S tokens runs, q, k and v and the score are of all of them. The others cost at most c S + 15/16
+    tokens; the second part stands in head_flops, as what a pass costs once. They attend to at most c (2 - c) of the
+    S² / 2 pairs, if they are the last ones; that is charged, whichever they are. Arguments as those of `tier_cost`.
     """
-    whole = tier_cost(config, mask, bytes_per_weight, cache_bytes)
-    run = [
-        (name, d.source_layer, k, n) for d in mask.layers[:depth] for name, (k, n) in matrix_shapes(config, d).items()
-    ]
-    sizes = run + [
+    whole, layers, share = tier_cost(config, mask, bytes_per_weight, cache_bytes), mask.layers, path.share
+    chosen = path.chosen(len(layers))
+    every, some, skipped = (
+        layers[: path.depth],
+        layers[chosen.start : chosen.stop],
+        layers[max(path.depth, chosen.stop) :],
+    )
+    sizes = [(name, d.source_layer, k, n) for d in (*every, *some) for name, (k, n) in matrix_shapes(config, d).items()]
+    sizes += [
         ("self_attn.qkv_proj", d.source_layer, config.hidden_size, 2 * d.num_key_value_heads * config.head_dim)
-        for d in mask.layers[depth:]
+        for d in skipped
     ]
-    attending = tier_cost(config, Mask(mask.layers[:depth]), bytes_per_weight, cache_bytes)
+    matrices = sum(k * n for _, _, k, n in sizes) + config.hidden_size * len(some)  # of a token; a score is a product
+    spared = sum(k * n for d in some for name, (k, n) in matrix_shapes(config, d).items() if "qkv" not in name)
+    attending, choosing = (
+        tier_cost(config, Mask(part), bytes_per_weight, cache_bytes).attn_flops_per_context for part in (every, some)
+    )
     return replace(
         whole,
         weight_bytes=round(sum(k * n * bytes_per_weight(name, source) for name, source, k, n in sizes)),
-        flops_per_token=2.0 * sum(k * n for _, _, k, n in sizes),
-        head_flops=0.0,
-        attn_flops_per_context=attending.attn_flops_per_context,
+        flops_per_token=2.0 * (matrices - (1 - share) * spared),
+        head_flops=2.0 * spared * (PARTS - 1) / PARTS,
+        attn_flops_per_context=attending + share * (2 - share) * choosing,
     )
 
 

@@ -28,7 +28,7 @@ from eopc_compiler.recover import RECOVERY_TOKENS, RecoverSettings, recover_ladd
 from eopc_compiler.selector_fit import with_scorers
 from eopc_compiler.sequences import mean_loss
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_page, write_plan
-from eopc_compiler.stage_plan import plan_tiers, prefill_depths
+from eopc_compiler.stage_plan import plan_tiers, prompt_paths
 from eopc_compiler.stage_selectors import read_scorers, train_selectors
 from eopc_compiler.state import CompileState, PrecisionTrial
 from eopc_compiler.stored_model import (
@@ -36,6 +36,7 @@ from eopc_compiler.stored_model import (
     dense_model,
     deployed_model,
     fit,
+    pruned_prompt,
     read_table,
     repair,
     repair_inputs,
@@ -67,7 +68,7 @@ def load_checkpoint(state: CompileState) -> CompileState:
     work, limit = state.args.workload, checkpoint.config.max_position_embeddings
     if work.prompt_tokens + work.new_tokens > limit:
         raise UsageError(f"the workload {work} does not fit the {limit} positions of {checkpoint.name}. Shorten it.")
-    prefill_depths(state.args.prefill_depth, len(checkpoint.config.layers))  # nor should a depth that cannot be
+    prompt_paths(state.args, len(checkpoint.config.layers))  # nor should a depth that cannot be
     if state.args.context > limit:
         state.say(f"{checkpoint.name} has {limit} positions: prompt plus answer are limited to that")
     return replace(state, checkpoint=checkpoint, align=align)
@@ -245,7 +246,7 @@ def repair_tiers(state: CompileState) -> CompileState:
         inputs = {
             **repair_inputs(state),
             "mask": asdict(tier.mask),
-            "depths": [tier.depth, state.plan[tier.prefill].depth],
+            "prompts": [p and asdict(p) for p in (tier.prompt, state.plan[tier.prefill].prompt)],
             "selector": asdict(tier.selector) if tier.selector else None,
             "scorers": state.scorers[index].name if index in state.scorers else None,
             "file": name,
@@ -255,10 +256,11 @@ def repair_tiers(state: CompileState) -> CompileState:
         def produce(path: Path, tier: TierPlan = tier, name: str = name, index: int = index) -> None:
             path.mkdir()
             report = state.counter(f"repairing t{index}")
-            if tier.depth is not None:
-                assert state.table
+            pruned = pruned_prompt(state, storage, state.plan[tier.prefill].prompt)
+            if tier.prompt is not None:
+                assert state.table and pruned
                 config = tier_config(state.config, tier.mask)
-                TierExtras.write_keys_and_values(path, name, state.table, WeightReader(weights), config, tier.depth)
+                TierExtras.write_prompt(path, name, state.table, WeightReader(weights), config, pruned)
             elif tier.selector is not None:
                 trained = read_scorers(state.scorers[index]) if index in state.scorers else None
                 fitted = fit(state, model(), trained.start if trained else tier.selector, report=report)
@@ -266,11 +268,10 @@ def repair_tiers(state: CompileState) -> CompileState:
                     fitted = with_scorers(fitted, trained.scorers)
                 TierExtras.write_selector(path, name, model(), tier.selector, fitted, storage)
             else:
-                depth = state.plan[tier.prefill].depth
-                TierExtras.write(path, name, repair(state, model(), tier.mask, None, report, depth)[1], storage)
+                TierExtras.write(path, name, repair(state, model(), tier.mask, None, report, pruned)[1], storage)
             release_memory()
 
-        if tier.depth is None:
+        if tier.prompt is None:
             state.say(f"repairing t{index} of t1..t{len(state.plan) - 1} on the cache it inherits from t{tier.prefill}")
         extras.append(TierExtras.read(state.cache.get(f"extras-t{index}", inputs, "", produce), name))
     totals = Counter(state.bytes_by_type)

@@ -25,6 +25,7 @@ from eopc_compiler.config import LayerDims
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
 from eopc_compiler.selector import Selector
+from eopc_compiler.token_selector import PromptPath
 from eopc_runtime.errors import BudgetError
 from eopc_runtime.units import format_energy
 
@@ -48,13 +49,13 @@ class TierPlan:
     considered: tuple[dict[str, float], ...] = ()  # the finalists: layers kept, joules, predicted and measured loss
     evaluations: int = 0
     prefill: int = 0  # the tier that runs the prompts in the plan this one is priced and repaired for
-    depth: int | None = None  # layers that prompts run through on this tier; None: all
+    prompt: PromptPath | None = None  # how prompts run on this tier; None: through all layers
     selector: Selector | None = None  # channels beside those of the mask, chosen by the prompt
 
     @property
     def fills(self) -> bool:
         """Whether prompts run through a graph of their own."""
-        return self.depth is not None or self.selector is not None
+        return self.prompt is not None or self.selector is not None
 
     @property
     def run(self) -> Mask:
@@ -71,7 +72,9 @@ class TierPlan:
         """Read what `dataclasses.asdict` and JSON made of a plan."""
         mask = Mask(tuple(LayerDims(**d) for d in row["mask"]["layers"]))
         selector = row["selector"] and Selector(*(tuple(row["selector"][k]) for k in ("core", "pool", "chosen")))
-        return cls(**{**row, "mask": mask, "considered": tuple(row["considered"]), "selector": selector})
+        prompt = row["prompt"] and PromptPath(**row["prompt"])
+        read = {"mask": mask, "considered": tuple(row["considered"]), "prompt": prompt, "selector": selector}
+        return cls(**{**row, **read})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,13 @@
 """Prefill-only pruning (POP, arXiv 2602.03295) with each of its parts left out, or with a token selector in its place.
 
-A token selector lets some of a prompt's tokens run through a layer and the others skip it; like a skipped layer, they
-leave keys and values all the same. Which ones run is decided anew in every layer, by how much the last tokens look at
-them (as LazyLLM does, arXiv 2407.14057), and the count is fixed. A reference for tables and tests; builds use
+Token selectors are those of `token_selector.py`, with other ways to choose beside them: by how much the last tokens
+look at each (as LazyLLM does, arXiv 2407.14057), or by chance. A reference for tables and tests; builds use
 `prompt_cache.PromptCache`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from eopc_compiler.model import Llama
 from eopc_compiler.sequences import Past, attention_received, keys_and_values, next_token_losses, run_layer
+from eopc_compiler.token_selector import FIRST, LAST, PARTS, TokenScorers, kept_tokens
 
-PROTECTED = (4, 8)  # first and last tokens of a prompt that always run
 OBSERVERS = 16  # last tokens of a prompt whose attention ranks the others
 
 
@@ -29,7 +28,8 @@ class PrefillPruning:
     independent_kv: bool = True  # a skipped layer writes keys and values of its input; else it holds none of the prompt
     boundary: bool = True  # the prompt's last token runs through the whole model; else it skips as well
     share: float = 0.0  # of the prompt's tokens that run through a skipped layer all the same
-    chosen_by: Literal["attention", "chance"] = "attention"
+    chosen_by: Literal["score", "attention", "chance"] = "score"
+    scorers: TokenScorers = field(default_factory=dict)  # of the skipped layers
 
 
 def last(layers: int, count: int) -> frozenset[int]:
@@ -79,9 +79,12 @@ def continuation_losses(model: Llama, tokens: Tensor, prompt: int, pruning: Pref
 def _chosen(model: Llama, index: int, x: Tensor, pruning: PrefillPruning) -> Tensor:
     """Ids [n, k] of the tokens that run through a layer, from its inputs x [n, S, hidden]."""
     n, length, _ = x.shape
-    if pruning.chosen_by == "attention":
-        scores = attention_received(model, model.blocks[index], x, OBSERVERS)
+    layer = model.blocks[index]
+    if pruning.chosen_by == "score":
+        scores = (layer.input_layernorm(x) @ pruning.scorers[index])[..., 0]
+    elif pruning.chosen_by == "attention":
+        scores = attention_received(model, layer, x, OBSERVERS)
     else:
         scores = torch.rand(n, length, generator=torch.Generator().manual_seed(index))
-    scores[:, : PROTECTED[0]] = scores[:, length - PROTECTED[1] :] = torch.inf
-    return torch.topk(scores, round(pruning.share * length)).indices
+    scores[:, :FIRST] = scores[:, length - LAST :] = torch.inf
+    return torch.topk(scores, kept_tokens(length, round(pruning.share * PARTS))).indices

@@ -1,8 +1,9 @@
-"""Prefill-only pruning (POP, arXiv 2602.03295) as a coordinate of the ladder: how deep prompts run, priced in joules.
+"""Prefill-only pruning (POP, arXiv 2602.03295) as a coordinate of the ladder: how prompts run, priced in joules.
 
-A ladder gets at most one tier whose prompts skip the deepest layers. It keeps all weights, so it stands right below t0,
-fills the caches of every tier below it, and costs a budget's joules only in prefill. What it saves there is spent on a
-wider decode tier, and it enters the ladder only if that loses less on the continuation of the selection text.
+A ladder gets at most one tier whose prompts skip the deepest layers, or run only a share of their tokens through them.
+It keeps all weights, so it stands right below t0, fills the caches of every tier below it, and costs a budget's joules
+only in prefill. What it saves there is spent on a wider decode tier, and it enters the ladder only if that loses less
+on the continuation of the selection text.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
 from eopc_compiler.planner import Loss, Price, TierPlan, shrink_to_budget
+from eopc_compiler.token_selector import PromptPath
 
 # Of the layers, that prompts still run; beyond 40 % skipped the paper's knee begins, and retrieval breaks first.
 DEPTH_SHARES = (0.8, 11 / 15, 2 / 3, 0.6)
@@ -22,7 +24,7 @@ WORTH_HAVING = 0.005  # nats per token that a pair must win by
 
 @dataclass(frozen=True, slots=True)
 class Behind:
-    """Prompts that run through some depth only.
+    """Prompts that run through part of the model only.
 
     Args:
         price: joules of a mask in the plan behind them.
@@ -35,14 +37,19 @@ class Behind:
     repaired: Loss
 
 
-def depths_to_try(layers: int) -> tuple[int, ...]:
-    """Depths of DEPTH_SHARES that skip at least one layer, deepest first."""
-    return tuple(sorted({d for share in DEPTH_SHARES if 1 <= (d := round(share * layers)) < layers}, reverse=True))
+def paths_to_try(layers: int, shares: Sequence[float]) -> tuple[PromptPath, ...]:
+    """Paths that spare a prompt what skipping DEPTH_SHARES' layers does, by layers or by tokens, dearest first.
+
+    The last layer never runs, so to spare n layers by tokens takes 1 + (n - 1) / (1 - c), where a share c runs.
+    """
+    skipped = sorted({layers - round(share * layers) for share in DEPTH_SHARES})
+    wanted = [(layers - 1 - round((count - 1) / (1 - c)), c) for count in skipped for c in shares]
+    return tuple(PromptPath(depth, c) for depth, c in wanted if 1 <= depth < layers)
 
 
 def plan_prefill(
     plan: Sequence[TierPlan],
-    depths: Mapping[int, Behind],
+    paths: Mapping[PromptPath, Behind],
     curves: Sequence[LayerCurves],
     align: int,
     report: Callable[[str], None] | None = None,
@@ -50,32 +57,30 @@ def plan_prefill(
 ) -> tuple[TierPlan, ...]:
     """The ladder, with a tier that prunes its prefill where that loses less at the same joules.
 
-    Every depth that frees enough is judged by what it does to the whole model and by the curves of what tiers win back;
+    Every path that frees enough is judged by what it does to the whole model and by the curves of what tiers win back;
     the most promising one is then measured, its tiers repaired.
 
     Args:
         plan: t0 and the static tiers, from `planner.plan_ladder`.
-        depths: to try.
+        paths: to try.
         align: FFN channels go this many at a time.
-        always: keep the tier whether or not it wins; for a depth that was asked for.
+        always: keep the tier whether or not it wins; for a path that was asked for.
     """
     promising = []
-    for depth, behind in depths.items():
+    for path, behind in paths.items():
         if always or _frees_enough(plan, behind.price):
-            _, won = _with_depth(plan, depth, behind, _estimate(plan, behind, curves), curves, align)
-            promising.append((won, depth))
+            _, won = _with_path(plan, path, behind, _estimate(plan, behind, curves), curves, align)
+            promising.append((won, path))
     if not promising:
         return tuple(plan)
-    expected, depth = max(promising)
+    expected, path = max(promising, key=lambda found: found[0])
     if expected <= 0 and not always:
         return tuple(plan)
-    behind = depths[depth]
-    ladder, won = _with_depth(plan, depth, behind, lambda _tier, mask: behind.repaired(mask), curves, align)
+    behind = paths[path]
+    ladder, won = _with_path(plan, path, behind, lambda _tier, mask: behind.repaired(mask), curves, align)
     if report:
-        layers = len(plan[0].mask.layers)
-        report(
-            f"prompts through {depth} of {layers} layers: {won:.3f} nats less over the tiers, {expected:.3f} expected"
-        )
+        way = describe(path, len(plan[0].mask.layers))
+        report(f"{way}: {won:.3f} nats less over the tiers, {expected:.3f} expected")
     return ladder if always or won > 0 else tuple(plan)
 
 
@@ -97,13 +102,19 @@ def _estimate(plan: Sequence[TierPlan], behind: Behind, curves: Sequence[LayerCu
     return lambda tier, mask: tier.loss + harm + cut(mask) - cut(tier.mask)
 
 
-def _with_depth(
-    plan: Sequence[TierPlan], depth: int, behind: Behind, judge: Judge, curves: Sequence[LayerCurves], align: int
+def describe(path: PromptPath, layers: int) -> str:
+    """What prompts on a path do with the last of so many layers."""
+    last = f"the last {layers - path.depth} of {layers} layers"
+    return f"{path.share:.0%} of a prompt's tokens run through {last}" if path.share else f"prompts skip {last}"
+
+
+def _with_path(
+    plan: Sequence[TierPlan], path: PromptPath, behind: Behind, judge: Judge, curves: Sequence[LayerCurves], align: int
 ) -> tuple[tuple[TierPlan, ...], float]:
-    """The ladder with a tier of this depth, and the nats per token it wins over all tiers below."""
+    """The ladder with a tier of this path, and the nats per token it wins over all tiers below."""
     full, won = plan[0].mask, 0.0
-    note = f"prompts skip the last {len(full.layers) - depth} of {len(full.layers)} layers"
-    first = TierPlan(None, full, behind.price(full), behind.whole(), note, depth=depth, prefill=1)
+    note = describe(path, len(full.layers))
+    first = TierPlan(None, full, behind.price(full), behind.whole(), note, prompt=path, prefill=1)
     below = list[TierPlan]()
     for tier in plan[1:]:
         assert tier.budget_j is not None

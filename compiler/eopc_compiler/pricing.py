@@ -6,6 +6,7 @@ from eopc_compiler.assemble import Storage
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.selector import Selector
 from eopc_compiler.state import CompileState
+from eopc_compiler.token_selector import PromptPath
 from eopc_runtime.cpu_features import int8_products_overflow
 from eopc_runtime.energy import prior_energy, prior_table
 
@@ -42,14 +43,14 @@ def reference_energy(state: CompileState, mask: Mask, storage: Storage) -> float
     return energy.sequence_j(work.prompt_tokens, work.new_tokens)
 
 
-def plan_energy(state: CompileState, mask: Mask, storage: Storage, depth: int | None = None) -> float:
+def plan_energy(state: CompileState, mask: Mask, storage: Storage, path: PromptPath | None = None) -> float:
     """Joules of the reference workload, the prompt on the whole model and the answer on the tier.
 
     Args:
-        depth: layers of the whole model that the prompt runs through; None for all.
+        path: how the prompt runs through the whole model; None for through all layers.
     """
     work = state.args.workload
-    whole = storage.cost(state.config, full_mask(state.config), depth)
+    whole = storage.cost(state.config, full_mask(state.config), path)
     table = prior_table(state.profile, {"t0": whole, "t1": storage.cost(state.config, mask)}, storage.precision, 0.0)
     return table.plan_price_j(0, 1, work.prompt_tokens, work.new_tokens)
 

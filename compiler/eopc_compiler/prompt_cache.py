@@ -2,8 +2,9 @@
 
 POP (arXiv 2602.03295): the prompt skips the layers from `depth` on. A skipped layer still writes keys and values of
 what enters it, through its own norm and projections (independent KV), so all of them see the hidden states in front of
-layer `depth`. The prompt's last token is the boundary: it runs through the whole model, as every token after it does.
-Nothing is trained, and with `depth` at the number of layers nothing changes.
+layer `depth`; or a share of the tokens runs through them all the same (`token_selector.py`). The prompt's last token is
+the boundary: it runs through the whole model, as every token after it does. Nothing is trained, and with `depth` at the
+number of layers nothing changes.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eopc_compiler.model import Llama
+from eopc_compiler.model import Block, Llama
 from eopc_compiler.sequences import Past, fast_math, keys_and_values, run_layer
+from eopc_compiler.token_selector import PrunedPrompt, token_scores
 
 
 class PromptCache:
@@ -21,14 +23,14 @@ class PromptCache:
     Args:
         model: the whole model, which is left as it is.
         prompt: tokens of the prompt, at least 2 where layers are skipped.
-        depth: layers that the prompt runs through; None for all of them.
+        pruned: how the prompt runs; None for through all layers.
     """
 
-    def __init__(self, model: Llama, prompt: int, depth: int | None = None) -> None:
-        if depth is not None and prompt < 2:
+    def __init__(self, model: Llama, prompt: int, pruned: PrunedPrompt | None = None) -> None:
+        if pruned is not None and prompt < 2:
             raise ValueError("a prompt of one token is its own boundary: it skips nothing")
-        self.model, self.prompt = model, prompt
-        self.depth = len(model.blocks) if depth is None else depth
+        self.model, self.prompt, self._pruned = model, prompt, pruned
+        self.depth = len(model.blocks) if pruned is None else pruned.path.depth
         self._skipping: tuple[Tensor, Tensor] | None = None  # what skips, and what runs on: boundary and answer
 
     def enter(self, index: int, x: Tensor) -> tuple[Past, Tensor]:
@@ -50,5 +52,16 @@ class PromptCache:
             skipping, running = self._skipping or (x[:, : prompt - 1], x[:, prompt - 1 :])
             past = keys_and_values(self.model, layer, skipping)
             own = keys_and_values(self.model, layer, running[:, :1], prompt - 1)
-            self._skipping = skipping, run_layer(self.model, layer, running, past).float()
+            self._skipping = self._pass(index, layer, skipping), run_layer(self.model, layer, running, past).float()
             return (torch.cat([past[0], own[0]], 2), torch.cat([past[1], own[1]], 2)), running[:, 1:]
+
+    def _pass(self, index: int, layer: Block, x: Tensor) -> Tensor:
+        """The prompt behind a layer that none of its tokens [n, S, hidden] run through, or a share of them."""
+        assert self._pruned is not None
+        path = self._pruned.path
+        if index not in path.chosen(len(self.model.blocks)):
+            return x
+        positions = torch.arange(x.shape[1])[None].expand(len(x), -1)
+        scores = token_scores(layer.input_layernorm(x), self._pruned.scorers[index], positions)
+        ids = torch.topk(scores, path.kept(x.shape[1])).indices[..., None].expand(-1, -1, x.shape[2])
+        return x.scatter(1, ids, run_layer(self.model, layer, x).float().gather(1, ids))

@@ -1,7 +1,8 @@
 """The graph that fills a cache with a prompt where that is another one than the tier's: no logits.
 
-Prefill-only pruning (POP, arXiv 2602.03295) runs only some layers of it; a tier that chooses FFN channels by its prompt
-(`selector.py`) has it record what the prompt does in them.
+Prefill-only pruning (POP, arXiv 2602.03295) runs only some layers of it, and a share of the tokens through the others
+where there are token selectors (`token_selector.py`); a tier that chooses FFN channels by its prompt (`selector.py`)
+has it record what the prompt does in them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import EagerOps, Ops, rotary_tables
 from eopc_compiler.model import Block, Cache, Projection, RMSNorm, Rotary, causal_mask
+from eopc_compiler.token_selector import PromptPath, TokenScorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,29 +36,38 @@ class Pool:
 class PromptPass(nn.Module):
     """Writes a prompt's keys and values and runs only the first `depth` layers (POP, arXiv 2602.03295); no logits.
 
-    Every later layer writes keys and values of what enters layer `depth`, through its own norm and projections. In
-    deployment form only; tensors are named as in `Llama`, but for `self_attn.kv_proj` of the layers that are skipped.
+    Every later layer writes keys and values of what enters it, through its own norm and projections; in some of them a
+    share of the tokens runs. In deployment form only; tensors are named as in `Llama`, but for `self_attn.kv_proj` of
+    the layers that are skipped and `token_scorer` of those that choose tokens.
 
     Args:
+        path: the layers that run; all of them where that is their number.
         pools: per layer, channels whose energies are added up for a selector; empty for none.
     """
 
     def __init__(
         self,
         config: LlamaConfig,
-        depth: int,
+        path: PromptPath,
         ops: Ops | None = None,
         context: int = 2048,
         pools: Sequence[Pool | None] = (),
     ) -> None:
         super().__init__()
-        self.config, self.depth = config, depth
+        self.config, self.path, layers = config, path, len(config.layers)
         self.pools = tuple(pools) or (None,) * len(config.layers)
-        ops = ops or EagerOps()
+        self.ops = ops = ops or EagerOps()
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        run = [Block(config, dims, ops).fuse() for dims in config.layers[:depth]]
-        self.model.layers = nn.ModuleList([*run, *(SkippedBlock(config, dims, ops) for dims in config.layers[depth:])])
+        run = max(path.depth, path.chosen(layers).stop)
+        self.model.layers = nn.ModuleList(
+            [
+                *(Block(config, dims, ops).fuse() for dims in config.layers[:run]),
+                *(SkippedBlock(config, dims, ops) for dims in config.layers[run:]),
+            ]
+        )
+        for i in path.chosen(layers):
+            self.model.layers[i].token_scorer = TokenScorer(config.hidden_size, path.share)
         cos, sin = rotary_tables(config, min(context, config.max_position_embeddings))
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -64,7 +75,7 @@ class PromptPass(nn.Module):
     @property
     def recorded(self) -> dict[int, Pool]:
         """The pools whose energies are added up, by layer: those of layers that prompts run through."""
-        return {i: pool for i, pool in enumerate(self.pools[: self.depth]) if pool}
+        return {i: pool for i, pool in enumerate(self.pools[: self.path.depth]) if pool}
 
     def forward(
         self,
@@ -83,6 +94,12 @@ class PromptPass(nn.Module):
         for i, layer in enumerate(cast(nn.ModuleList, self.model.layers)):
             if not isinstance(layer, Block):
                 keys[i], values[i] = layer(x, rotary, write_index, keys[i], values[i])
+                continue
+            if i >= self.path.depth:
+                scorer = cast(TokenScorer, layer.token_scorer)
+                chosen = scorer(layer.input_layernorm(x), position_ids)
+                rows, keys[i], values[i] = layer(x, rotary, write_index, attn_mask, keys[i], values[i], chosen)
+                x = self.ops.write_rows(x, rows, chosen)
                 continue
             x, keys[i], values[i] = layer.attend(x, rotary, write_index, attn_mask, keys[i], values[i])
             if pool := self.pools[i]:

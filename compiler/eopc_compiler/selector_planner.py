@@ -15,6 +15,7 @@ from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
 from eopc_compiler.planner import Price, TierPlan, shrink_to_budget
 from eopc_compiler.selector import Selector
+from eopc_compiler.token_selector import PromptPath
 
 CHOSEN_SHARE = 0.2  # of the channels that run; a larger share costs more to gather, and was not better
 WORTH_HAVING = 0.005  # nats per token that a choosing tier must win by
@@ -29,13 +30,13 @@ class Choosing:
         fixed: joules of a mask, nothing chosen.
         price: joules of a core and a selector.
         fitted: continuation loss of a selector once fitted, behind prompts long enough to choose by; dear.
-        repaired: the same, behind the same prompts, of a mask behind this depth of prompts (None: all layers).
+        repaired: the same, behind the same prompts, of a mask behind prompts on this path (None: all layers).
     """
 
     fixed: Price
     price: Callable[[Mask, Selector], float]
     fitted: Callable[[Selector], float]
-    repaired: Callable[[Mask, int | None], float]
+    repaired: Callable[[Mask, PromptPath | None], float]
 
 
 def plan_selectors(
@@ -55,10 +56,10 @@ def plan_selectors(
     """
     full, ladder = plan[0].mask, list[TierPlan]()
     for tier in plan:
-        if tier.budget_j is not None and tier.depth is None and tier.mask != full:
+        if tier.budget_j is not None and tier.prompt is None and tier.mask != full:
             candidate = _candidate(full, tier, choosing, curves, align)
             if candidate is not None:
-                won = choosing.repaired(tier.mask, plan[tier.prefill].depth) - candidate.loss
+                won = choosing.repaired(tier.mask, plan[tier.prefill].prompt) - candidate.loss
                 if report:
                     report(
                         f"channels chosen by the prompt, {tier.budget_j:.3g} J: {won:+.3f} nats less than fixed ones"

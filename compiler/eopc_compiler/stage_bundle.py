@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 
 from eopc_compiler.assemble import load_prompt_pass, load_selector, load_tier
+from eopc_compiler.config import LlamaConfig
 from eopc_compiler.importance import Report
 from eopc_compiler.ladder import keep_shares, mask_to_json, parameter_count, tier_config
 from eopc_compiler.parity import PROMPT, STEPS, Reference, check_parity
@@ -28,6 +29,7 @@ from eopc_compiler.removals import removals
 from eopc_compiler.state import CompileState
 from eopc_compiler.tier_graphs import ANSWER, DECODE, GATHER, tier_path
 from eopc_compiler.tier_graphs import PROMPT as PROMPT_GRAPH
+from eopc_compiler.token_selector import PromptPath
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
 from eopc_runtime import __version__
 from eopc_runtime.bundle import Bundle, LayerInfo, Manifest, ModelInfo, PrefillInfo, SelectorInfo, TierInfo, Workload
@@ -67,7 +69,8 @@ def write_plan(state: CompileState) -> Path:
                 "nats_per_joule": _dual(state, t),
                 "note": t.note,
                 "plan": plan_label(t.prefill, i),
-                "prefill_depth": t.depth,
+                "prefill_depth": t.prompt.depth if t.prompt else None,
+                "prefill_share": t.prompt.share if t.prompt else None,
                 "selector": asdict(t.selector) if t.selector else None,
                 "keep": keep_shares(state.config, t.run),
                 "layers_removed": sorted(
@@ -148,17 +151,18 @@ def check_and_measure(state: CompileState) -> CompileState:
         config = extras.config(tier_config(state.config, tier.mask))
         table, context = state.table.with_extras(extras.table), state.args.context
         reference = Reference(load_tier(config, table, reader, context))
-        if tier.depth is not None:
-            reference.prompt = load_prompt_pass(config, tier.depth, table, reader, context)
+        if tier.prompt is not None:
+            reference.prompt = load_prompt_pass(config, tier.prompt, table, reader, context)
         elif tier.selector is not None:
             whole, pools = state.config, tier.selector.recorded
-            reference.prompt = load_prompt_pass(whole, len(whole.layers), state.table, reader, context, pools)
+            every = PromptPath(len(whole.layers))
+            reference.prompt = load_prompt_pass(whole, every, state.table, reader, context, pools)
             reference.selector = load_selector(config, tier.selector, table, reader)
         tokens = state.heldout.tokens[0, : PROMPT + STEPS].tolist()
         parity = check_parity(bundle, info, reference, tokens, state.storage.dtype)
         del reference
         release_memory()
-        if tier.depth is None:  # else the graph is t0's, and so is its perplexity
+        if tier.prompt is None:  # else the graph is t0's, and so is its perplexity
             state.say(f"measuring the perplexity of {info.tier}")
             runner = OrtTier(bundle, info)
             losses = {
@@ -203,7 +207,7 @@ def runtime_loss(runner: OrtTier, windows: torch.Tensor, report: Report) -> floa
 def energy_table(state: CompileState) -> EnergyTable:
     """Prior prices of every tier on the device."""
     assert state.storage is not None
-    costs = {f"t{i}": state.storage.cost(state.config, t.mask, t.depth, t.selector) for i, t in enumerate(state.plan)}
+    costs = {f"t{i}": state.storage.cost(state.config, t.mask, t.prompt, t.selector) for i, t in enumerate(state.plan)}
     return prior_table(state.profile, costs, state.storage.precision, 0.0)
 
 
@@ -223,12 +227,12 @@ def manifest(state: CompileState, root: Path, table: EnergyTable) -> Manifest:
             params=parameter_count(config, t.run),
             keep=keep_shares(config, t.run),
             layers=tuple(LayerInfo(d.source_layer, d.num_key_value_heads, d.intermediate_size) for d in t.reach.layers),
-            cost=state.storage.cost(config, t.mask, t.depth, t.selector),
+            cost=state.storage.cost(config, t.mask, t.prompt, t.selector),
             graph=tier_path(i, DECODE if t.fills else ANSWER),
             mask=f"tiers/t{i}/mask.json",
             note=t.note,
             parity={},
-            prefill=PrefillInfo(t.depth or len(config.layers), tier_path(i, PROMPT_GRAPH)) if t.fills else None,
+            prefill=_prefill_info(config, t, i),
             selector=SelectorInfo(tier_path(i, GATHER), *astuple(t.selector)) if t.selector else None,
         )
         for i, t in enumerate(state.plan)
@@ -269,6 +273,13 @@ def manifest(state: CompileState, root: Path, table: EnergyTable) -> Manifest:
             "weight_bytes": state.bytes_by_type,
         },
     )
+
+
+def _prefill_info(config: LlamaConfig, tier: TierPlan, index: int) -> PrefillInfo | None:
+    if not tier.fills:
+        return None
+    path = tier.prompt or PromptPath(len(config.layers))
+    return PrefillInfo(path.depth, tier_path(index, PROMPT_GRAPH), path.share)
 
 
 def write_manifest(root: Path, content: Manifest) -> None:

@@ -7,21 +7,22 @@ from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean as mean
-from typing import Literal
 
 from eopc_compiler.handover import ContinuationLoss, Met
 from eopc_compiler.ladder import Mask, full_mask, read_masks
 from eopc_compiler.planner import Objective, TierPlan, plan_ladder, plan_masks
-from eopc_compiler.prefill_planner import Behind, depths_to_try, plan_prefill
+from eopc_compiler.prefill_planner import Behind, paths_to_try, plan_prefill
 from eopc_compiler.pricing import plan_energy, selector_energy
 from eopc_compiler.selector import Selector
 from eopc_compiler.selector_fit import domain_means, selected_losses
 from eopc_compiler.selector_planner import Choosing, plan_selectors
-from eopc_compiler.state import CompileState
-from eopc_compiler.stored_model import calibration_walk, deployed_model, fit, repair, repair_inputs
+from eopc_compiler.state import BuildArgs, CompileState
+from eopc_compiler.stored_model import calibration_walk, deployed_model, fit, pruned_prompt, repair, repair_inputs
+from eopc_compiler.token_selector import PARTS, PromptPath
 from eopc_runtime.errors import UsageError
 
 FINALIST_WINDOWS = 4  # per domain: enough to tell candidates apart
+SHARES = (0.0, 5 / 16)  # of a prompt's tokens in the layers that others skip
 
 
 def plan_tiers(state: CompileState) -> CompileState:
@@ -33,11 +34,13 @@ def plan_tiers(state: CompileState) -> CompileState:
         return plan_energy(state, mask, storage)
 
     if state.args.masks:
-        if isinstance(state.args.prefill_depth, int):
-            raise UsageError("--mask gives every tier, so --prefill-depth has no place. Leave one of them out.")
+        if asks_for_a_path(state.args):
+            raise UsageError(
+                "--mask gives every tier, so --prefill-depth and --prefill-tokens have no place. Leave one of them out."
+            )
         orders, masks = read_masks(state.args.masks, state.config, state.align)
         return replace(state, orders=orders, plan=plan_masks(full, masks, state.args.budgets_j, price))
-    asked = isinstance(state.args.prefill_depth, int) or state.args.selectors == "on"
+    asked = asks_for_a_path(state.args) or state.args.selectors == "on"
     if price(full) <= min(state.args.budgets_j) and not asked:
         return replace(state, plan=plan_masks(full, (), state.args.budgets_j, price))  # nothing to search
     inputs = {
@@ -48,7 +51,7 @@ def plan_tiers(state: CompileState) -> CompileState:
         "dense_j": price(full),  # stands for device, workload, precision and dialect
         "halves_j": price(Mask(full.layers[::2])),
         "search_seconds": state.args.search_seconds,
-        "prefill_depth": state.args.prefill_depth,
+        "prefill": [state.args.prefill_depth, state.args.prefill_tokens],
         "selectors": state.args.selectors,
         "seed": state.args.seed,
     }
@@ -60,7 +63,7 @@ def plan_tiers(state: CompileState) -> CompileState:
 
         def repaired(losses: ContinuationLoss, mask: Mask, walked: tuple[Met, ...] | None = None) -> float:
             count = state.counter("repairing a candidate")
-            tier, _ = repair(state, model, mask, FINALIST_WINDOWS, count, losses.depth, walked)
+            tier, _ = repair(state, model, mask, FINALIST_WINDOWS, count, losses.pruned, walked)
             return mean(losses.of_tier(tier, mask).values())
 
         def measured(mask: Mask) -> float:
@@ -75,27 +78,28 @@ def plan_tiers(state: CompileState) -> CompileState:
         tiers = plan_ladder(full, args.budgets_j, objective, args.search_seconds, args.seed, state.tick)
         walk.cache_clear()  # it holds hidden states of every layer
 
-        def behind(depth: int) -> Behind:
+        def behind(path: PromptPath) -> Behind:
             def losses() -> ContinuationLoss:  # made when it is asked for, and not kept: it holds every layer's inputs
-                return ContinuationLoss(model, text, args.prompt_part, depth)
+                return ContinuationLoss(model, text, args.prompt_part, pruned_prompt(state, storage, path))
 
             return Behind(
-                price=lambda mask: plan_energy(state, mask, storage, depth),
+                price=lambda mask: plan_energy(state, mask, storage, path),
                 whole=lru_cache(lambda: mean(losses().of_mask(full).values())),
                 repaired=lambda mask: repaired(losses(), mask),
             )
 
-        depths = {d: behind(d) for d in prefill_depths(args.prefill_depth, len(full.layers))}
-        asked = isinstance(args.prefill_depth, int)
-        tiers = plan_prefill(tiers, depths, state.observations.curves, state.align, state.say, asked)
+        paths = {path: behind(path) for path in prompt_paths(args, len(full.layers))}
+        always = asks_for_a_path(args)
+        tiers = plan_prefill(tiers, paths, state.observations.curves, state.align, state.say, always)
 
         def chosen_loss(selector: Selector) -> float:
             count = state.counter("fitting a choosing tier")
             fitted = fit(state, model, selector, FINALIST_WINDOWS, count)
             return mean(domain_means(text, selected_losses(model, selector, fitted, text, args.choice_part)).values())
 
-        def fixed_loss(mask: Mask, depth: int | None) -> float:
-            return repaired(ContinuationLoss(model, text, args.choice_part, depth), mask)
+        def fixed_loss(mask: Mask, path: PromptPath | None) -> float:
+            pruned = pruned_prompt(state, storage, path)
+            return repaired(ContinuationLoss(model, text, args.choice_part, pruned), mask)
 
         if args.selectors == "on" or (args.selectors == "auto" and storage.grid is None):
             choosing = Choosing(
@@ -109,16 +113,28 @@ def plan_tiers(state: CompileState) -> CompileState:
     return replace(state, plan=tuple(TierPlan.from_json(row) for row in json.loads(path.read_text(encoding="utf-8"))))
 
 
-def prefill_depths(asked: int | Literal["auto", "all"], layers: int) -> tuple[int, ...]:
-    """Depths of prefill to try: those of the paper's range, none, or the one asked for.
+def asks_for_a_path(args: BuildArgs) -> bool:
+    """Whether some tier is to prune its prompts, whether or not that wins."""
+    return isinstance(args.prefill_depth, int) or isinstance(args.prefill_tokens, float)
+
+
+def prompt_paths(args: BuildArgs, layers: int) -> tuple[PromptPath, ...]:
+    """What prompts may skip: as far as the paper goes by layers or by tokens, nothing, or what was asked for.
 
     Raises:
-        UsageError: the model has no so many layers to skip some.
+        UsageError: there are no so many layers to skip some, or no such share of the tokens.
     """
-    if asked == "auto":
-        return depths_to_try(layers)
-    if asked == "all":
+    depth, share = args.prefill_depth, args.prefill_tokens
+    if isinstance(share, float) and (not 0 < share < 1 or share * PARTS % 1):
+        raise UsageError(
+            f"--prefill-tokens {share:g} must be a multiple of 1/{PARTS} between 0 and 1, for example 0.5."
+        )
+    if depth == "all":
+        if isinstance(share, float):
+            raise UsageError("--prefill-tokens needs layers that tokens can skip, and --prefill-depth all has none.")
         return ()
-    if not 1 <= asked < layers:
-        raise UsageError(f"--prefill-depth {asked} must be between 1 and {layers - 1}, one less than the layers.")
-    return (asked,)
+    if depth == "auto":
+        return paths_to_try(layers, SHARES if share == "auto" else (share,) if isinstance(share, float) else (0.0,))
+    if not 1 <= depth < layers:
+        raise UsageError(f"--prefill-depth {depth} must be between 1 and {layers - 1}, one less than the layers.")
+    return (PromptPath(depth, share if isinstance(share, float) else 0.0),)

@@ -58,6 +58,7 @@ class BuildArgs:
     recover_minutes: float = 0.0  # of distilling the shared weights from the dense model
     proxy: str = "ends"  # which tiers are compiled without a GPU: the largest and the smallest ("ends"), "all", "none"
     prefill_depth: int | Literal["auto", "all"] = "auto"  # layers that prompts run through on one tier of the ladder
+    prefill_tokens: float | Literal["auto", "none"] = "auto"  # share of their tokens that runs through the others
     selectors: Literal["auto", "on", "off"] = "auto"  # tiers that choose FFN channels by the prompt
     train_selectors_minutes: float = 0.0  # for each of them
     independent: bool = False  # every tier may have all its down_proj of its own

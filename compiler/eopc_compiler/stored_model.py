@@ -24,10 +24,13 @@ from eopc_compiler.selector import Selector
 from eopc_compiler.selector_fit import FittedChannels, fit_selector
 from eopc_compiler.sequences import mean_loss
 from eopc_compiler.state import CompileState
+from eopc_compiler.token_fit import fit_token_scorers
+from eopc_compiler.token_selector import PromptPath, PrunedPrompt
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
 from eopc_runtime import __version__
 
 ROUNDING_WINDOWS = 6  # per domain
+TOKEN_WINDOWS = 6  # per domain, forth and back
 
 
 def deployed_model(state: CompileState, storage: Storage) -> Llama:
@@ -105,14 +108,14 @@ def repair(
     mask: Mask,
     most: int | None = None,
     report: Report | None = None,
-    depth: int | None = None,
+    pruned: PrunedPrompt | None = None,
     walked: Sequence[Met] | None = None,
 ) -> tuple[Llama, tuple[Repaired, ...]]:
     """A tier repaired on the calibration text, within its share of bytes of its own.
 
     Args:
         most: windows of a domain; None for all.
-        depth: layers that prompts run through in the plan it is repaired for; None for all.
+        pruned: how prompts run in the plan it is repaired for; None for through all layers.
         walked: what `calibration_walk` gives for as many windows, where prompts run through all layers.
     """
     assert state.calibration and state.storage and state.observations
@@ -120,7 +123,7 @@ def repair(
     limit = None if state.args.independent else EXTRAS_SHARE / max(1, len(state.args.budgets_j))
     own = own_matrices(config, mask, state.observations.curves, storage, limit)
     text = state.calibration.batches(most=most)
-    return repair_tier(model, mask, text, state.args.prompt_part, own, rounding(storage), report, depth, walked)
+    return repair_tier(model, mask, text, state.args.prompt_part, own, rounding(storage), report, pruned, walked)
 
 
 def calibration_walk(state: CompileState, model: Llama, most: int) -> tuple[Met, ...]:
@@ -140,6 +143,27 @@ def fit(
     assert state.calibration and state.storage
     text, dtype = state.calibration.batches(most=most), getattr(torch, state.storage.dtype)
     return fit_selector(model, selector, text, state.args.choice_part, rounding(state.storage), dtype, report)
+
+
+def pruned_prompt(state: CompileState, storage: Storage, path: PromptPath | None) -> PrunedPrompt | None:
+    """A path with what ranks the tokens where it chooses some; fitted once, for every layer but the last."""
+    if path is None or not path.share:
+        return None if path is None else PrunedPrompt(path)
+    assert state.calibration
+    calibration = state.calibration
+    inputs = {**repair_inputs(state), "storage": asdict(storage), "windows": TOKEN_WINDOWS}
+
+    def produce(file: Path) -> None:
+        from safetensors.torch import save_file
+
+        model, count = deployed_model(state, storage), state.counter("fitting what ranks tokens", "windows")
+        found = fit_token_scorers(model, calibration.batches(1, TOKEN_WINDOWS), state.args.choice_part, count)
+        save_file({str(i): w for i, w in found.items()}, file)
+
+    from safetensors.torch import load_file
+
+    fitted = load_file(state.cache.get("token-scorers", inputs, ".safetensors", produce))
+    return PrunedPrompt(path, {i: fitted[str(i)] for i in path.chosen(len(state.config.layers))})
 
 
 def repair_inputs(state: CompileState) -> dict[str, Any]:

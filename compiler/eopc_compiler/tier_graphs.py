@@ -11,6 +11,7 @@ import torch
 from eopc_compiler.export import export_prompt_pass, export_selector, export_tier
 from eopc_compiler.ladder import tier_config
 from eopc_compiler.state import CompileState
+from eopc_compiler.token_selector import PromptPath
 from eopc_compiler.tracing import Target
 from eopc_runtime import __version__
 
@@ -60,7 +61,7 @@ def write_graphs(state: CompileState, index: int) -> TierGraphs:
             "torch": torch.__version__,
             "part": part,
             "config": asdict(config),
-            "depth": tier.depth,
+            "prompt": asdict(tier.prompt) if tier.prompt else None,
             "selector": asdict(selector) if selector else None,
             "dialect": target.dialect.name,
             "dtype": target.dtype,
@@ -70,15 +71,14 @@ def write_graphs(state: CompileState, index: int) -> TierGraphs:
         }
         return state.cache.get(f"graph-t{index}-{part.removesuffix('.onnx')}", inputs, ".onnx", write)
 
-    if tier.depth is not None:  # it keeps everything: its answers run the graph of t0
-        depth = tier.depth
-        prompt = written(PROMPT, lambda path: export_prompt_pass(config, depth, target, table, path))
+    if run := tier.prompt:  # it keeps everything: its answers run the graph of t0
+        prompt = written(PROMPT, lambda path: export_prompt_pass(config, run, target, table, path))
         return TierGraphs(state.graphs[0].answer, prompt)
     if selector is None:
         return TierGraphs(written(ANSWER, lambda path: export_tier(config, target, table, path)))
-    shared, pools = state.table, selector.recorded
+    shared, pools, every = state.table, selector.recorded, PromptPath(len(full.layers))
     return TierGraphs(
         written(DECODE, lambda path: export_tier(config, target, table, path, selector.chosen)),
-        written(PROMPT, lambda path: export_prompt_pass(full, len(full.layers), target, shared, path, pools)),
+        written(PROMPT, lambda path: export_prompt_pass(full, every, target, shared, path, pools)),
         written(GATHER, lambda path: export_selector(config, selector, target, table, path)),
     )

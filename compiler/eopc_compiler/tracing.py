@@ -17,6 +17,7 @@ from eopc_compiler.dialects import Dialect
 from eopc_compiler.model import Llama
 from eopc_compiler.prompt_pass import Pool, PromptPass
 from eopc_compiler.selector import ChannelSelector, Selector
+from eopc_compiler.token_selector import PromptPath
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,12 @@ def trace(config: LlamaConfig, target: Target, chosen: Sequence[int] = ()) -> ir
     return _trace(_Traced(llama, chosen), inputs, ["logits", *inputs.written()], target)
 
 
-def trace_prompt_pass(config: LlamaConfig, depth: int, target: Target, pools: Sequence[Pool | None] = ()) -> ir.Model:
-    """The graph that fills a cache and runs only `depth` layers, initializers without meaningful values."""
+def trace_prompt_pass(
+    config: LlamaConfig, path: PromptPath, target: Target, pools: Sequence[Pool | None] = ()
+) -> ir.Model:
+    """The graph that fills a cache and runs only part of the layers, initializers without meaningful values."""
     with torch.device("meta"):
-        prompt = PromptPass(config, depth, target.dialect.ops, target.context, pools).to(target.torch_dtype)
+        prompt = PromptPass(config, path, target.dialect.ops, target.context, pools).to(target.torch_dtype)
     inputs = _Inputs.of_tokens(config, target)
     inputs.add_caches(config, target)
     for i, pool in prompt.recorded.items():

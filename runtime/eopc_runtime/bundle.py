@@ -233,11 +233,17 @@ class LayerInfo:
 class PrefillInfo:
     """Prefill-only pruning (POP, arXiv 2602.03295): prompts run through the first `depth` layers, by this graph.
 
-    It fills the caches of all layers with all tokens but the last, which is a step of the tier's own graph.
+    It fills the caches of all layers with all tokens but the last, which is a step of the tier's own graph. A `share`
+    of those tokens, chosen anew in every layer, runs through the other layers but the last as well.
     """
 
     depth: int
     graph: str
+    share: float = 0.0
+
+    def attending(self, layers: int) -> int:
+        """How many of so many layers all or some of the tokens run through: the first ones."""
+        return max(self.depth, layers - 1) if self.share else self.depth
 
     @classmethod
     def from_fields(cls, tier: Fields) -> PrefillInfo | None:
@@ -245,7 +251,10 @@ class PrefillInfo:
         if tier.raw("prefill") is None:
             return None
         fields = tier.child("prefill")
-        info = cls(fields.integer("depth", minimum=1), fields.text("graph"))
+        share = fields.number("share", minimum=0) if "share" in fields else 0.0  # bundles of earlier versions have none
+        info = cls(fields.integer("depth", minimum=1), fields.text("graph"), share)
+        if share >= 1:
+            fields.fail(f'"share" is {share:g}, but of a prompt\'s tokens less than all can skip a layer.')
         fields.done()
         return info
 

@@ -52,7 +52,7 @@ OPERATORS = frozenset(
             "Unsqueeze",
         ),  # kin
         *("DequantizeLinear", "QuantizeLinear"),
-        *("ReduceSum", "TopK"),  # channels chosen by the prompt
+        *("Less", "Or", "ReduceSum", "TopK", "Where"),  # channels and tokens chosen by the prompt
     }
 )
 # onnx.proto: bits of one element, by TensorProto.DataType

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from eopc_compiler.config import LayerDims, LlamaConfig, tensor_shapes
 from eopc_compiler.ladder import (
@@ -29,8 +30,9 @@ from eopc_compiler.ladder import (
     tier_config,
     tier_cost,
 )
-from eopc_compiler.model import Llama
+from eopc_compiler.model import Cache, Llama
 from eopc_compiler.prompt_pass import PromptPass
+from eopc_compiler.token_selector import PARTS, PromptPath
 from eopc_runtime.errors import ModelError
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
@@ -128,18 +130,38 @@ def test_tier_cost_counts_what_the_tensor_shapes_say(make_tiny: MakeTiny, mask: 
     assert cost.attn_flops_per_context == 4 * queries  # q kᵀ and weights v, a product and a sum each
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_pruned_prefill_costs_its_layers_and_keys_and_values_of_the_rest(make_tiny: MakeTiny, depth: int) -> None:
     """Counted over the parameters of the module that is exported: no head, and no embedding, norm or bias."""
     config, _ = make_tiny(attention_bias=True)
     with torch.device("meta"):
-        module = PromptPass(config, depth)
+        module = PromptPass(config, PromptPath(depth))
     matrices = sum(p.numel() for n, p in module.named_parameters() if p.dim() == 2 and "layers" in n)
-    cost = prompt_cost(config, FULL, depth, bytes_per_weight=lambda _name, _layer: 1.0625, cache_bytes=2)
+    cost = prompt_cost(config, FULL, PromptPath(depth), bytes_per_weight=lambda _name, _layer: 1.0625, cache_bytes=2)
     whole = tier_cost(config, FULL, lambda _name, _layer: 1.0625, 2)
     assert cost.weight_bytes == round(matrices * 1.0625) and cost.flops_per_token == 2 * matrices
     assert (cost.head_flops, cost.kv_bytes_per_token) == (0, whole.kv_bytes_per_token)
     assert cost.attn_flops_per_context == whole.attn_flops_per_context * depth / len(FULL.layers)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_a_share_of_a_prompt_costs_what_the_graph_multiplies(make_tiny: MakeTiny, share: float) -> None:
+    """Counted product by product while the module runs: never more than the price, less by under one token."""
+    config, _ = make_tiny()
+    path, layers = PromptPath(1, share), len(FULL.layers)
+    module = PromptPass(config, path, context=64)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    cost = prompt_cost(config, FULL, path, bytes_per_weight=lambda _name, _layer: 1.0, cache_bytes=2)
+    for tokens in (1, 2, 23, 40):
+        with FlopCounterMode(display=False) as counter:
+            module.fill(Cache.empty(config, tokens, torch.float32), [3] * tokens)
+        whole = tier_cost(config, FULL, lambda _name, _layer: 1.0, 2).attn_flops_per_context / layers
+        attention = tokens * whole * (tokens + path.kept(tokens))  # without a mask: one layer of all, one of some
+        counted = counter.get_total_flops() - attention
+        one = cost.head_flops * PARTS / (PARTS - 1)  # what one token more or less makes
+        price = cost.flops_per_token * tokens + cost.head_flops
+        assert price - one < counted <= price
 
 
 def test_a_tied_head_costs_what_an_untied_one_does(make_tiny: MakeTiny) -> None:

@@ -11,7 +11,8 @@ from eopc_compiler.config import LayerDims
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
 from eopc_compiler.planner import TierPlan
-from eopc_compiler.prefill_planner import Behind, depths_to_try, plan_prefill
+from eopc_compiler.prefill_planner import Behind, paths_to_try, plan_prefill
+from eopc_compiler.token_selector import PromptPath
 
 LAYERS, WIDTH = 10, 8
 FULL = Mask(tuple(LayerDims(i, 2, WIDTH) for i in range(LAYERS)))
@@ -41,7 +42,7 @@ def loss(mask: Mask) -> float:
     return 2.0 + 0.1 * sum(WIDTH - d.intermediate_size for d in mask.layers) / LAYERS
 
 
-def behind(prompt_j: float, harm: float, *depths: int) -> dict[int, Behind]:
+def behind(prompt_j: float, harm: float, *depths: int) -> dict[PromptPath, Behind]:
     """Prompts that skip layers cost less, and harm the answer by so much for each layer skipped."""
 
     def of_depth(depth: int) -> Behind:
@@ -50,7 +51,7 @@ def behind(prompt_j: float, harm: float, *depths: int) -> dict[int, Behind]:
             lambda mask: depth * prompt_j + decode_j(mask), lambda: 2.0 + harmed, lambda mask: loss(mask) + harmed
         )
 
-    return {depth: of_depth(depth) for depth in depths}
+    return {PromptPath(depth): of_depth(depth) for depth in depths}
 
 
 def nested(tiers: tuple[TierPlan, ...]) -> bool:
@@ -61,7 +62,7 @@ def test_a_dear_prompt_is_pruned_where_that_harms_less_than_a_narrower_tier() ->
     """The tier stands right below t0, the others are wider behind it, all within their budgets, nested."""
     plan = static(0.5, 11.2, 10.5)
     found = plan_prefill(plan, behind(0.5, 0.001, 8, 7), CURVES, 2)
-    assert [t.depth for t in found] == [None, 7, None, None] or [t.depth for t in found] == [None, 7, None]
+    assert [t.prompt for t in found][:3] == [None, PromptPath(7), None]
     assert found[1].mask == FULL and nested(found)
     for tier in found[1:]:
         assert tier.budget_j is None or tier.energy_j <= tier.budget_j
@@ -73,7 +74,7 @@ def test_a_budget_that_the_whole_model_meets_behind_it_is_its_own() -> None:
     plan = static(0.5, 12.5)
     found = plan_prefill(plan, behind(0.5, 0.001, 7), CURVES, 2)
     assert len(found) == 2
-    assert (found[1].budget_j, found[1].depth, found[1].mask) == (12.5, 7, FULL)
+    assert (found[1].budget_j, found[1].prompt, found[1].mask) == (12.5, PromptPath(7), FULL)
     assert found[1].energy_j <= 12.5
 
 
@@ -90,14 +91,21 @@ def test_a_depth_that_was_asked_for_is_kept_whether_it_wins_or_not() -> None:
     """The tiers below stay with t0's prompts where those are better."""
     plan = static(0.5, 10.5)
     found = plan_prefill(plan, behind(0.5, 1.0, 7), CURVES, 2, always=True)
-    assert [(t.depth, t.prefill) for t in found] == [(None, 0), (7, 1), (None, 0)]
+    assert [(t.prompt, t.prefill) for t in found] == [(None, 0), (PromptPath(7), 1), (None, 0)]
     assert found[2] == plan[1]
 
 
 def test_the_depths_tried_are_those_of_the_paper() -> None:
     """From a fifth to two fifths of the layers skipped; a model of one layer has none to skip."""
-    assert depths_to_try(30) == (24, 22, 20, 18)
-    assert depths_to_try(1) == ()
+    assert [p.depth for p in paths_to_try(30, (0.0,))] == [24, 22, 20, 18]
+    assert paths_to_try(1, (0.0, 0.5)) == ()
+
+
+def test_tokens_spare_a_prompt_what_layers_do() -> None:
+    """Half of the tokens in twice as many layers; not beyond the first layer, which all tokens run through."""
+    by_tokens = paths_to_try(30, (0.5,))
+    assert by_tokens == (PromptPath(19, 0.5), PromptPath(15, 0.5), PromptPath(11, 0.5), PromptPath(7, 0.5))
+    assert paths_to_try(12, (0.75,)) == (PromptPath(7, 0.75), PromptPath(3, 0.75))  # 13 and 17 would be too many
 
 
 def test_a_depth_that_promises_most_is_measured_alone_and_dropped_if_it_does_not_keep_it() -> None:
@@ -105,14 +113,14 @@ def test_a_depth_that_promises_most_is_measured_alone_and_dropped_if_it_does_not
     plan = static(0.5, 11.2, 10.5)
     measured: list[int] = []
 
-    def watched(depth: int, one: Behind, worse: float) -> Behind:
+    def watched(path: PromptPath, one: Behind, worse: float) -> Behind:
         def repaired(mask: Mask) -> float:
-            measured.append(depth)
+            measured.append(path.depth)
             return one.repaired(mask) + worse
 
         return Behind(one.price, one.whole, repaired)
 
     honest = {d: watched(d, one, 0.0) for d, one in behind(0.5, 0.001, 9, 8, 7).items()}
-    assert plan_prefill(plan, honest, CURVES, 2)[1].depth == 7 and set(measured) == {7}
+    assert plan_prefill(plan, honest, CURVES, 2)[1].prompt == PromptPath(7) and set(measured) == {7}
     disappointing = {d: watched(d, one, 1.0) for d, one in behind(0.5, 0.001, 9, 8, 7).items()}
     assert plan_prefill(plan, disappointing, CURVES, 2) == plan

@@ -15,8 +15,8 @@ from eopc_compiler.assemble import Storage, load_prompt_pass, write_weights
 from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import DIALECTS
-from eopc_compiler.export import WeightTable, export_prompt_pass
-from eopc_compiler.extras import key_value_entries
+from eopc_compiler.export import export_prompt_pass
+from eopc_compiler.extras import TierExtras
 from eopc_compiler.handover import ContinuationLoss, inherited, repair_tier
 from eopc_compiler.importance import observe
 from eopc_compiler.ladder import Mask, full_mask
@@ -32,11 +32,14 @@ from eopc_compiler.prefill_ablation import (
 from eopc_compiler.prompt_cache import PromptCache
 from eopc_compiler.prompt_pass import PromptPass
 from eopc_compiler.sequences import attention_received, run_blocks, run_layer
+from eopc_compiler.token_selector import PromptPath, PrunedPrompt
 from eopc_compiler.tracing import Target
-from eopc_compiler.weights import WeightReader, WeightWriter
+from eopc_compiler.weights import WeightReader
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
-PROMPT, LENGTH, CONTEXT = 12, 20, 48
+PROMPT, LENGTH, CONTEXT = 30, 40, 48
+PATHS = [PromptPath(1), PromptPath(2), PromptPath(3), PromptPath(1, 0.5), PromptPath(1, 0.75)]  # of 3 layers
+SCORERS = {1: torch.randn(64, 1, generator=torch.Generator().manual_seed(11))}
 
 
 def deployed(make_tiny: MakeTiny, **changes: bool) -> Llama:
@@ -44,11 +47,13 @@ def deployed(make_tiny: MakeTiny, **changes: bool) -> Llama:
     return build_model(config, tensors, CONTEXT).fuse()
 
 
-def prompt_pass(model: Llama, depth: int) -> PromptPass:
+def prompt_pass(model: Llama, path: PromptPath) -> PromptPass:
     """The pass of a deployment-form model, on its tensors."""
-    fresh = PromptPass(model.config, depth, context=CONTEXT)
+    fresh = PromptPass(model.config, path, context=CONTEXT)
+    chosen = path.chosen(len(model.blocks))
     state = {n: t for n, t in model.state_dict().items() if n in fresh.state_dict()}
-    for index, layer in list(enumerate(model.blocks))[depth:]:
+    state |= {f"model.layers.{i}.token_scorer.weight": SCORERS[i] for i in chosen}
+    for index, layer in list(enumerate(model.blocks))[max(path.depth, chosen.stop) :]:
         attention = layer.self_attn
         assert attention.qkv_proj is not None
         queries = attention.q_heads * attention.head_dim
@@ -63,11 +68,11 @@ def tokens_of(count: int, length: int = LENGTH) -> Tensor:
     return torch.randint(0, 160, (count, length), generator=torch.Generator().manual_seed(5))
 
 
-def filled(model: Llama, depth: int, ids: list[int]) -> Cache:
+def filled(model: Llama, path: PromptPath, ids: list[int]) -> Cache:
     """The cache of a prompt: all but its last token by the pass, the last one by the whole model."""
     cache = Cache.empty(model.config, CONTEXT, model.dtype)
-    if depth < len(model.blocks):
-        prompt_pass(model, depth).fill(cache, ids[:-1])
+    if path.depth < len(model.blocks):
+        prompt_pass(model, path).fill(cache, ids[:-1])
         model.step(cache, ids[-1:])
     else:
         model.step(cache, ids)
@@ -82,13 +87,13 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
-@pytest.mark.parametrize("depth", [0, 1, 2, 3])
-def test_the_pass_leaves_what_the_planner_reckons_with(make_tiny: MakeTiny, depth: int, biased: bool) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_the_pass_leaves_what_the_planner_reckons_with(make_tiny: MakeTiny, path: PromptPath, biased: bool) -> None:
     """Keys and values of every layer are those of `PromptCache`, the boundary token's included."""
     model = deployed(make_tiny, attention_bias=biased)
     tokens = tokens_of(1)
-    cache = filled(model, depth, tokens[0, :PROMPT].tolist())
-    walk, x = PromptCache(model, PROMPT, depth), model.model.embed_tokens(tokens)
+    cache = filled(model, path, tokens[0, :PROMPT].tolist())
+    walk, x = PromptCache(model, PROMPT, PrunedPrompt(path, SCORERS)), model.model.embed_tokens(tokens)
     for index, layer in enumerate(model.blocks):
         (keys, values), _ = walk.enter(index, x)
         torch.testing.assert_close(keys, cache.keys[index][:, :, :PROMPT], atol=1e-5, rtol=0)
@@ -97,16 +102,16 @@ def test_the_pass_leaves_what_the_planner_reckons_with(make_tiny: MakeTiny, dept
 
 
 @pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_the_continuation_loss_is_that_of_decoding_behind_the_pass(make_tiny: MakeTiny, depth: int) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_the_continuation_loss_is_that_of_decoding_behind_the_pass(make_tiny: MakeTiny, path: PromptPath) -> None:
     """Step by step through the cache, as the runtime goes: the mean loss of the answer's tokens."""
     model, tokens = deployed(make_tiny), tokens_of(3)
     want = []
     for row in tokens.tolist():
-        cache = filled(model, depth, row[:PROMPT])
+        cache = filled(model, path, row[:PROMPT])
         logits = torch.stack([model.step(cache, [token])[-1] for token in row[PROMPT:]])
         want.append(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(row[PROMPT + 1 :])))
-    losses = ContinuationLoss(model, [Batch(0, 1.0, tokens)], PROMPT, depth)
+    losses = ContinuationLoss(model, [Batch(0, 1.0, tokens)], PROMPT, PrunedPrompt(path, SCORERS))
     assert losses.of_mask(full_mask(model.config))[0] == pytest.approx(float(sum(want) / len(want)), abs=1e-5)
 
 
@@ -114,17 +119,17 @@ def test_skipping_nothing_is_the_dense_cache_bit_for_bit(make_tiny: MakeTiny) ->
     """With all layers run, depth makes no difference to a loss."""
     model, batches = deployed(make_tiny), [Batch(0, 1.0, tokens_of(3))]
     full = full_mask(model.config)
-    assert ContinuationLoss(model, batches, PROMPT, len(model.blocks)).of_mask(full) == ContinuationLoss(
-        model, batches, PROMPT
-    ).of_mask(full)
+    assert ContinuationLoss(model, batches, PROMPT, PrunedPrompt(PromptPath(len(model.blocks)))).of_mask(
+        full
+    ) == ContinuationLoss(model, batches, PROMPT).of_mask(full)
 
 
 def test_layers_below_the_first_skipped_one_hold_what_they_held(make_tiny: MakeTiny) -> None:
     """Bit for bit: nothing below a skipped layer can know of it."""
     model, ids = deployed(make_tiny), tokens_of(1)[0, :PROMPT].tolist()
     dense, pruned = Cache.empty(model.config, CONTEXT, model.dtype), Cache.empty(model.config, CONTEXT, model.dtype)
-    prompt_pass(model, 3).fill(dense, ids)
-    prompt_pass(model, 1).fill(pruned, ids)
+    prompt_pass(model, PromptPath(3)).fill(dense, ids)
+    prompt_pass(model, PromptPath(1)).fill(pruned, ids)
     same = [torch.equal(a, b) for a, b in zip(dense.keys + dense.values, pruned.keys + pruned.values, strict=True)]
     assert same == [True, True, False] * 2  # layer 1 writes before it is skipped
 
@@ -134,10 +139,10 @@ def test_repair_is_fitted_on_the_pruned_prompt(make_tiny: MakeTiny) -> None:
     """A decode tier repaired behind a skipping prompt loses less behind one than a tier repaired behind a dense one."""
     model, batches = deployed(make_tiny), [Batch(0, 1.0, tokens_of(64))]
     halved = Mask(tuple(LayerDims(i, 4, 64) for i in range(3)))
-    losses = ContinuationLoss(model, batches, PROMPT, 1)
-    behind = {d: repair_tier(model, halved, batches, PROMPT, {0, 1, 2}, depth=d)[0] for d in (1, None)}
-    distance = {d: apart(losses, tier, halved) for d, tier in behind.items()}
-    assert distance[1] < distance[None]
+    pruned = PrunedPrompt(PromptPath(1))
+    losses = ContinuationLoss(model, batches, PROMPT, pruned)
+    ours, other = (repair_tier(model, halved, batches, PROMPT, {0, 1, 2}, pruned=p)[0] for p in (pruned, None))
+    assert apart(losses, ours, halved) < apart(losses, other, halved)
 
 
 def apart(losses: ContinuationLoss, tier: Llama, mask: Mask) -> float:
@@ -145,7 +150,7 @@ def apart(losses: ContinuationLoss, tier: Llama, mask: Mask) -> float:
     (batch,), prompt = losses.batches, losses.prompt
     dense = run_blocks(losses.model, batch.tokens)[:, prompt:]
     x = losses.model.model.embed_tokens(batch.tokens)
-    walk, ours = PromptCache(losses.model, prompt, 1), x[:, prompt:]
+    walk, ours = PromptCache(losses.model, prompt, losses.pruned), x[:, prompt:]
     for index, layer in enumerate(losses.model.blocks):
         past, _ = walk.enter(index, x)
         ours = run_layer(tier, tier.blocks[index], ours, inherited(past, mask.layers[index].num_key_value_heads))
@@ -156,7 +161,7 @@ def apart(losses: ContinuationLoss, tier: Llama, mask: Mask) -> float:
 def test_a_prompt_of_one_token_skips_nothing(make_tiny: MakeTiny) -> None:
     """It is its own boundary."""
     with pytest.raises(ValueError, match="boundary"):
-        PromptCache(deployed(make_tiny), 1, 2)
+        PromptCache(deployed(make_tiny), 1, PrunedPrompt(PromptPath(2)))
 
 
 KINDS = [  # dialect, compute type, precision, static inputs, whether a tier below cuts q/k/v into pieces
@@ -167,9 +172,17 @@ KINDS = [  # dialect, compute type, precision, static inputs, whether a tier bel
 ]
 
 
+@pytest.mark.parametrize("path", [PromptPath(1), PromptPath(1, 0.5)], ids=["layers", "tokens"])
 @pytest.mark.parametrize(("dialect", "dtype", "precision", "static", "cut"), KINDS)
 def test_the_graph_writes_what_pytorch_writes(
-    make_tiny: MakeTiny, tmp_path: Path, dialect: str, dtype: str, precision: str, static: bool, cut: bool
+    make_tiny: MakeTiny,
+    tmp_path: Path,
+    dialect: str,
+    dtype: str,
+    precision: str,
+    static: bool,
+    cut: bool,
+    path: PromptPath,
 ) -> None:
     """In two chunks, in every dialect and kind of storage, also where a tier below cuts q/k/v into pieces."""
     config, tensors = make_tiny(attention_bias=True)
@@ -181,17 +194,21 @@ def test_the_graph_writes_what_pytorch_writes(
     args = (config, tensors.__getitem__, orders, masks, storage, CONTEXT, observed, [b.tokens for b in batches])
     table, _ = write_weights(tmp_path / "weights.bin", *args)
     reader = WeightReader(tmp_path / "weights.bin")
-    with WeightWriter(tmp_path / "own.bin", "own.bin") as writer:
-        table = table.with_extras(WeightTable(key_value_entries(writer, table, reader, config, 1)))
-    export_prompt_pass(config, 1, Target(DIALECTS[dialect], dtype, CONTEXT), table, tmp_path / "prefill.onnx")
+    TierExtras.write_prompt(tmp_path, "own.bin", table, reader, config, PrunedPrompt(path, SCORERS))
+    own = TierExtras.read(tmp_path, "own.bin")
+    assert own.path
+    own.path.rename(tmp_path / "own.bin")
+    table = table.with_extras(own.table)
+    export_prompt_pass(config, path, Target(DIALECTS[dialect], dtype, CONTEXT), table, tmp_path / "prefill.onnx")
 
     reader = WeightReader(tmp_path / "weights.bin", {"own.bin": tmp_path / "own.bin"})
-    reference = load_prompt_pass(config, 1, table, reader, CONTEXT)
+    reference = load_prompt_pass(config, path, table, reader, CONTEXT)
     for module in reference.modules():
         if isinstance(module, Projection):
             module.input_scale = None
     ids, want = tokens_of(1)[0].tolist(), Cache.empty(config, CONTEXT, torch.float32)
-    reference.fill(want, ids)
+    for chunk in (ids[:7], ids[7:]):
+        reference.fill(want, chunk)
     got = run_graph(tmp_path, ids, want, dtype)
     scale = max(float(t.abs().max()) for t in want.keys + want.values)
     worst = max(float((a - b).abs().max()) for a, b in zip(got, want.keys + want.values, strict=True))
@@ -223,14 +240,15 @@ def run_graph(root: Path, ids: list[int], like: Cache, dtype: str) -> list[Tenso
 
 
 @pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_the_reference_with_all_its_parts_is_what_builds_reckon_with(make_tiny: MakeTiny, depth: int) -> None:
-    """The paper's procedure, written a second time for ablations, gives the same losses."""
+@pytest.mark.parametrize("path", PATHS)
+def test_the_reference_with_all_its_parts_is_what_builds_reckon_with(make_tiny: MakeTiny, path: PromptPath) -> None:
+    """The paper's procedure and the choice of tokens, written a second time for ablations, give the same losses."""
     model, tokens = deployed(make_tiny), tokens_of(3)
-    pruning = PrefillPruning(last(3, 3 - depth))
+    scorers = SCORERS | {2: SCORERS[1]}  # the last layer has nothing to give, whichever tokens run through it here
+    pruning = PrefillPruning(last(3, 3 - path.depth), share=path.share, scorers=scorers)
     want = continuation_losses(model, tokens, PROMPT, pruning)[:, 1:].mean()  # the first is the prefill tier's
-    found = ContinuationLoss(model, [Batch(0, 1.0, tokens)], PROMPT, depth).of_mask(full_mask(model.config))[0]
-    assert found == pytest.approx(float(want), abs=1e-5)
+    losses = ContinuationLoss(model, [Batch(0, 1.0, tokens)], PROMPT, PrunedPrompt(path, SCORERS))
+    assert losses.of_mask(full_mask(model.config))[0] == pytest.approx(float(want), abs=1e-5)
 
 
 @pytest.mark.usefixtures("exact")
@@ -261,8 +279,8 @@ def test_tokens_chosen_for_a_layer_are_as_many_as_asked_for_and_all_of_them_skip
     """From none, which is the pruned prefill, to all, which is the dense one."""
     model, tokens = deployed(make_tiny), tokens_of(3, 40)
     dense, none, some, every = (
-        continuation_losses(model, tokens, 30, PrefillPruning(frozenset(skipped), share=share))
-        for skipped, share in (((), 0.0), ((1, 2), 0.0), ((1, 2), 0.6), ((1, 2), 1.0))
+        continuation_losses(model, tokens, 30, PrefillPruning(frozenset(skipped), share=share, chosen_by="attention"))
+        for skipped, share in (((), 0.0), ((1, 2), 0.0), ((1, 2), 0.625), ((1, 2), 1.0))
     )
     torch.testing.assert_close(every, dense, atol=1e-5, rtol=0)
     assert len({round(float(losses.mean()), 6) for losses in (dense, none, some)}) == 3
@@ -272,7 +290,7 @@ def test_tokens_chosen_for_a_layer_are_as_many_as_asked_for_and_all_of_them_skip
 def test_tokens_are_chosen_by_the_prompt_alone(make_tiny: MakeTiny) -> None:
     """Neither what follows the prompt nor the other sequences of a batch change a loss before the difference."""
     model, tokens = deployed(make_tiny), tokens_of(3, 40)
-    pruning = PrefillPruning(frozenset({1, 2}), share=0.6)
+    pruning = PrefillPruning(frozenset({1, 2}), share=0.625, chosen_by="attention")
     changed = tokens.clone()
     changed[:, 35:] = (changed[:, 35:] + 1) % 160
     found, other = (continuation_losses(model, t, 30, pruning) for t in (tokens, changed))

@@ -20,6 +20,7 @@ from eopc_compiler.prompt_pass import Pool, PromptPass
 from eopc_compiler.selector import ChannelSelector, Selector, first_of
 from eopc_compiler.selector_fit import domain_means, fit_selector, selected_losses, unfitted
 from eopc_compiler.selector_planner import Choosing, core_of, plan_selectors, split
+from eopc_compiler.token_selector import PromptPath
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
 LENGTH, PROMPT = 48, 24
@@ -72,7 +73,7 @@ def test_gathered_rows_compute_what_a_mask_computes(model: Llama) -> None:
     selector, text = selector_of(model, width // 2, width // 4), batches(model)
     fitted = fit_selector(model, selector, text, PROMPT)
     (masked,) = selected_losses(model, selector, fitted, text, PROMPT)
-    prompt_pass = PromptPass(model.config, len(model.blocks), context=LENGTH, pools=selector.recorded)
+    prompt_pass = PromptPass(model.config, PromptPath(len(model.blocks)), context=LENGTH, pools=selector.recorded)
     prompt_pass.load_state_dict(model.state_dict(), strict=False)
     chooser, core = loaded(model, selector, fitted)
     for row, tokens in enumerate(text[0].tokens.tolist()):

@@ -240,8 +240,9 @@ def attention_count(info: TierInfo, phase: str = "both") -> int:
     """Layers of a tier whose attention a phase runs; none where weights are gathered."""
     if phase == "gather":
         return 0
-    depth = info.prefill.depth if info.prefill and phase == "prefill" else len(info.layers)
-    return sum(layer.kv_heads > 0 for layer in info.layers[:depth])
+    count = len(info.layers)
+    run = info.prefill.attending(count) if info.prefill and phase == "prefill" else count
+    return sum(layer.kv_heads > 0 for layer in info.layers[:run])
 
 
 def summary(record: EngineRecord, info: TierInfo) -> str:

@@ -76,6 +76,14 @@ PRECISIONS = ("auto", "fp32", "fp16", "fp8", "int8", "int4")
     "never, or so many.",
 )
 @click.option(
+    "--prefill-tokens",
+    default="auto",
+    show_default=True,
+    metavar="auto|none|SHARE",
+    help="Share of a prompt's tokens, chosen anew in every layer, that runs through the layers that others skip: where "
+    "that wins (and no LAYERS are given), none, or so many, in sixteenths.",
+)
+@click.option(
     "--selectors",
     type=click.Choice(["auto", "on", "off"]),
     default="auto",
@@ -115,6 +123,7 @@ def build(
     recover_minutes: float,
     proxy: str,
     prefill_depth: str,
+    prefill_tokens: str,
     selectors: Literal["auto", "on", "off"],
     train_selectors_minutes: float,
     independent: bool,
@@ -148,6 +157,7 @@ def build(
         recover_minutes=recover_minutes,
         proxy=proxy,
         prefill_depth=parse_prefill_depth(prefill_depth),
+        prefill_tokens=parse_prefill_tokens(prefill_tokens),
         selectors=selectors,
         train_selectors_minutes=train_selectors_minutes,
         independent=independent,
@@ -245,6 +255,22 @@ def parse_prefill_depth(text: str) -> int | Literal["auto", "all"]:
     if not text.isdecimal():
         raise UsageError(f'--prefill-depth "{text}" is not auto, all or a number of layers, for example 20.')
     return int(text)
+
+
+def parse_prefill_tokens(text: str) -> float | Literal["auto", "none"]:
+    """auto, none, or a share.
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    if text == "auto":
+        return "auto"
+    if text == "none":
+        return "none"
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UsageError(f'--prefill-tokens "{text}" is not auto, none or a share, for example 0.5.') from error
 
 
 def parse_precision(text: str) -> tuple[str, ...]:

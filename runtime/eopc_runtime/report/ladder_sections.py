@@ -125,9 +125,11 @@ def map_section(facts: Facts) -> Section:
     legend = [(swatch(KV), "KV groups kept"), (swatch(FFN), "FFN channels kept")]
     if any(tier.selector for tier in tiers):
         legend.append((swatch(CHOSEN), "FFN channels the prompt chooses"))
-    faded = any(t.prefill and t.prefill.depth < len(t.layers) for t in tiers)
+    prompts = [t.prefill for t in tiers if t.prefill and t.prefill.depth < len(t.layers)]
+    some = next((p.share for p in prompts if p.share), None)
     caption = "A row per layer, the first on top; a grey cell without bars is a layer that is left out."
-    caption += " Faded layers run in the answer only: prompts skip them." if faded else ""
+    caption += " Faded layers run in the answer only: prompts skip them." if prompts else ""
+    caption += f" Half faded ones run for {some:.0%} of a prompt's tokens." if some else ""
     return Section("map", "Layer map", (), (Figure(layer_map(tiers), caption, tuple(legend)),))
 
 

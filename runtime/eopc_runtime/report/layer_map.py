@@ -17,7 +17,8 @@ def layer_map(tiers: Sequence[TierInfo]) -> str:
     """Return the picture; the first tier is the whole model, to which shares refer.
 
     The upper bar of a cell are KV groups, the lower one FFN channels: those that always run, and beside them those
-    that the prompt chooses. A cell without bars is a layer that is left out; faded ones are skipped by prompts.
+    that the prompt chooses. A cell without bars is a layer that is left out; faded ones are skipped by prompts, half
+    faded ones by some of their tokens.
     """
     whole = {layer.source_layer: layer for layer in tiers[0].layers}
     rows = {source: TOP + ROW * i for i, source in enumerate(whole)}
@@ -28,8 +29,10 @@ def layer_map(tiers: Sequence[TierInfo]) -> str:
         parts.append(text(x + width / 2, 14, tier.tier, anchor="middle", weight="bold"))
         strips = [_strip(x, y, width, 1.0, KV_HEIGHT + 1 + FFN_HEIGHT) for y in rows.values()]
         parts.append(path("".join(strips), fill="grid"))
-        depth = tier.prefill.depth if tier.prefill else len(tier.layers)
-        for faded, layers in ((False, range(depth)), (True, range(depth, len(tier.layers)))):
+        count = len(tier.layers)
+        every = tier.prefill.depth if tier.prefill else count
+        some = tier.prefill.attending(count) if tier.prefill else count
+        for opacity, layers in ((1.0, range(every)), (0.7, range(every, some)), (0.4, range(some, count))):
             bars = {KV: "", FFN: "", CHOSEN: ""}
             for i in layers:
                 layer = tier.layers[i]
@@ -41,7 +44,7 @@ def layer_map(tiers: Sequence[TierInfo]) -> str:
                 bars[FFN] += _strip(x, lower, width, core * share, FFN_HEIGHT)
                 bars[CHOSEN] += _strip(x + width * core * share, lower, width, chosen * share, FFN_HEIGHT)
             drawn = [path(d, fill=color) for color, d in bars.items() if d]
-            parts += ['<g opacity="0.4">', *drawn, "</g>"] if faded and drawn else drawn
+            parts += [f'<g opacity="{opacity:g}">', *drawn, "</g>"] if opacity < 1 and drawn else drawn
     return picture(WIDTH, TOP + ROW * len(rows) + 4, parts, "what every tier keeps of every layer")
 
 

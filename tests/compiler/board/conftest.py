@@ -21,6 +21,7 @@ from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.export import WeightTable, export_prompt_pass, export_tier
 from eopc_compiler.extras import key_value_entries
 from eopc_compiler.ladder import Mask, UnitOrder, full_mask, mask_to_json, tier_config
+from eopc_compiler.token_selector import PromptPath
 from eopc_compiler.tracing import Target
 from eopc_compiler.weights import WeightReader, WeightWriter
 from eopc_runtime.bundle import LayerInfo, Manifest, ModelInfo, PrefillInfo, SelectorInfo, TierInfo, Workload
@@ -75,7 +76,7 @@ def make_tier(cached_traces: None, make_tiny: Any, tmp_path_factory: pytest.Temp
                 own = key_value_entries(writer, table, WeightReader(root / "weights.bin"), config, depth)
             own_table = table.with_extras(WeightTable(own))
             target = Target(DIALECTS[dialect], storage.dtype, CONTEXT)
-            export_prompt_pass(config, depth, target, own_table, prompt)
+            export_prompt_pass(config, PromptPath(depth), target, own_table, prompt)
         return root
 
     return make

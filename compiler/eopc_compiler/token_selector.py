@@ -1,0 +1,89 @@
+"""Tokens of a prompt that run through a layer, chosen anew in every one (EOP-style): how many is fixed, which is not.
+
+Of the layers behind a prompt's `depth`, every one but the last runs ceil(share · S) of the S tokens that it is given;
+the others pass it unchanged, as all do in prefill-only pruning (POP, arXiv 2602.03295). Keys and values are written of
+all of them, at their own positions, and the last layer has nothing else to give to a prompt. Tokens are ranked by a
+score that is linear in what the layer reads,
+
+    s_t = w · norm(x_t)
+
+but the first FIRST of a sequence and the last LAST of a pass always come first. Nothing is drawn, and nothing but the
+tokens of the pass has a say; later tokens have, so a pass is for prompts alone, which are known to their end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+FIRST, LAST = 4, 8  # attention rests on a sequence's first tokens, and an answer looks at a prompt's last ones most
+PARTS = 16  # shares are multiples of 1/16, so that counts are exact
+ALWAYS = 1e6  # above every score, and exact in fp32 after positions are subtracted
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPath:
+    """How the tokens of a prompt run, all but its last one, where that is not the whole model.
+
+    Args:
+        depth: layers that all of them run through, at least 1.
+        share: of them, that run through each of the others but the last; 0 for none.
+    """
+
+    depth: int
+    share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.depth < 1 or not 0 <= self.share < 1 or self.share * PARTS % 1:
+            raise ValueError(f"a prompt runs through 1 layer or more, and a share of it in sixteenths, not {self}")
+
+    def chosen(self, layers: int) -> range:
+        """The layers that only a share of the tokens runs through, of so many."""
+        return range(self.depth, layers - 1 if self.share else self.depth)
+
+    def kept(self, tokens: int) -> int:
+        """How many of these tokens run through such a layer."""
+        return kept_tokens(tokens, round(self.share * PARTS))
+
+
+TokenScorers = Mapping[int, Tensor]  # by layer, w [hidden, 1]: a matrix, as graphs multiply it
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedPrompt:
+    """A path, and what ranks the tokens in the layers that it chooses some for."""
+
+    path: PromptPath
+    scorers: TokenScorers = field(default_factory=dict)
+
+
+def kept_tokens(tokens: int, parts: int) -> int:
+    """ceil(tokens · parts / PARTS); also of a length that is only known when a graph runs."""
+    return (tokens * parts + PARTS - 1) // PARTS
+
+
+class TokenScorer(nn.Module):
+    """Chooses the tokens of one layer."""
+
+    def __init__(self, hidden: int, share: float) -> None:
+        super().__init__()
+        self.parts = round(share * PARTS)
+        self.weight = nn.Parameter(torch.empty(hidden, 1, dtype=torch.float32), requires_grad=False)
+
+    def forward(self, normed: Tensor, position_ids: Tensor) -> Tensor:
+        """Indices [k] of the tokens that run, from what the layer reads of them [1, S, hidden]."""
+        scores = token_scores(normed, self.weight, position_ids)
+        return torch.topk(scores[0], kept_tokens(scores.shape[1], self.parts)).indices
+
+
+def token_scores(normed: Tensor, weight: Tensor, position_ids: Tensor) -> Tensor:
+    """Scores [n, S], fp32, of normed inputs [n, S, hidden] at positions [n, S]; those that always run are the highest.
+
+    Among these, the first come first, where a share of very few tokens is less than all of them.
+    """
+    scores = torch.matmul(normed.float(), weight)[..., 0]
+    always = (position_ids < FIRST) | (position_ids > position_ids[:, -1:] - LAST)
+    return torch.where(always, ALWAYS - position_ids.float(), scores)
