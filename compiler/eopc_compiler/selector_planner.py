@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from eopc_compiler.board.tensorrt_build import MOST_CHOSEN
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
 from eopc_compiler.planner import Price, TierPlan, shrink_to_budget
@@ -19,7 +20,6 @@ from eopc_compiler.token_selector import PromptPath
 
 CHOSEN_SHARE = 0.2  # of the channels that run; a larger share costs more to gather, and was not better
 WORTH_HAVING = 0.005  # nats per token that a choosing tier must win by
-MOST_CHOSEN = 3839  # what TensorRT's TopK takes
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from eopc_compiler.board.tensorrt_build import MOST_CHOSEN
 from eopc_compiler.calibration import Batch
 from eopc_compiler.model import Llama
 from eopc_compiler.recover.distil import run_fingerprint
@@ -43,7 +44,6 @@ from eopc_compiler.selector_fit import (
     selected_losses,
     with_scorers,
 )
-from eopc_compiler.selector_planner import MOST_CHOSEN
 from eopc_compiler.sequences import keys_and_values, run_attention
 
 TEMPERATURE = 0.5  # in nats of utility: channels within about so much of log λ are moved

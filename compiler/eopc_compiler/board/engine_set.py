@@ -16,7 +16,7 @@ from pathlib import Path
 from eopc_compiler.board.engine_job import EngineJob, JobResult, run_job
 from eopc_compiler.board.engine_memory import check_memory, graph_bytes
 from eopc_compiler.board.engine_target import BuildTarget, check_target, resolve_target
-from eopc_compiler.board.tensorrt_build import BuildSettings
+from eopc_compiler.board.tensorrt_build import MOST_CHOSEN, BuildSettings
 from eopc_compiler.cache import lock_folder
 from eopc_runtime.bundle import Bundle, Manifest, TierInfo
 from eopc_runtime.cli.output import format_bytes
@@ -107,7 +107,14 @@ def choose_settings(manifest: Manifest, args: EngineArgs) -> BuildSettings:
     if not 2 <= cache_len <= manifest.context:
         raise UsageError(f"--cache-len {cache_len} must be between 2 and the bundle's context, {manifest.context}.")
     usual = min(manifest.workload.prompt_tokens, cache_len)
-    longest = args.max_prompt_tokens or min(max(USUAL_MAX_PROMPT, usual), cache_len)
+    share = max((t.prefill.share for t in manifest.tiers if t.prefill), default=0.0)
+    most = int(MOST_CHOSEN / share) if share else cache_len
+    longest = args.max_prompt_tokens or min(max(USUAL_MAX_PROMPT, usual), cache_len, most)
+    if longest > most:
+        raise UsageError(
+            f"--max-prompt-tokens {longest} lets {share:.0%} of so many tokens be chosen at once, more than TensorRT's "
+            f"TopK takes. Give at most {most}; longer prompts run in several passes."
+        )
     if longest > cache_len:
         raise UsageError(f"--max-prompt-tokens {longest} is more than the cache holds, {cache_len}. Raise --cache-len.")
     return BuildSettings(cache_len, longest, min(usual, longest), args.workspace_bytes)

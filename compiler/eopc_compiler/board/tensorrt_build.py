@@ -38,6 +38,9 @@ class BuilderCrashError(EngineBuildError):
     """The builder ended without a word: a crash, or no memory. It says nothing of the graph."""
 
 
+MOST_CHOSEN = 3839  # elements of a TopK, below the builder's limit (allow_lists, topk-size)
+
+
 @dataclass(frozen=True, slots=True)
 class BuildSettings:
     """What a plan is built for."""

@@ -18,12 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 from eopc_compiler.assemble import Storage, write_weights
 from eopc_compiler.config import LayerDims
 from eopc_compiler.dialects import DIALECTS
-from eopc_compiler.export import WeightTable, export_prompt_pass, export_tier
-from eopc_compiler.extras import key_value_entries
+from eopc_compiler.export import export_prompt_pass, export_tier
+from eopc_compiler.extras import EXTRAS_FILE, TierExtras
 from eopc_compiler.ladder import Mask, UnitOrder, full_mask, mask_to_json, tier_config
-from eopc_compiler.token_selector import PromptPath
+from eopc_compiler.token_selector import PromptPath, PrunedPrompt
 from eopc_compiler.tracing import Target
-from eopc_compiler.weights import WeightReader, WeightWriter
+from eopc_compiler.weights import WeightReader
 from eopc_runtime.bundle import LayerInfo, Manifest, ModelInfo, PrefillInfo, SelectorInfo, TierInfo, Workload
 from eopc_runtime.bundle_files import file_entry
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
@@ -38,12 +38,15 @@ MakeTier = Callable[..., Path]
 def make_tier(cached_traces: None, make_tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> MakeTier:
     """Writes one tier and returns the folder its weights.bin lies in; the graph is tiers/<tier>/model.onnx.
 
-    With `depth`, also the graph of prompts that run through so many layers of t0, tiers/<tier>/prefill.onnx.
+    With `depth`, also the graph of prompts that run through so many layers of t0, tiers/<tier>/prefill.onnx; with
+    `share`, such a share of their tokens through one more, of three layers.
     """
     done: dict[tuple[object, ...], tuple[Path, Any, Any]] = {}
 
-    def make(precision: str, dialect: str, dtype: str, tier: str, bias: bool = False, depth: int = 0) -> Path:
-        key = (precision, dialect, dtype, bias)
+    def make(
+        precision: str, dialect: str, dtype: str, tier: str, bias: bool = False, depth: int = 0, share: float = 0
+    ) -> Path:
+        key, layers = (precision, dialect, dtype, bias, share), 3 if share else 2
         changes = {"model_type": "qwen2"} if bias else {}
         config, tensors = make_tiny(
             hidden_size=128,
@@ -51,12 +54,12 @@ def make_tier(cached_traces: None, make_tiny: Any, tmp_path_factory: pytest.Temp
             num_attention_heads=4,
             num_key_value_heads=2,
             intermediate_size=256,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             max_position_embeddings=CONTEXT,
             **changes,
         )
         masks = [full_mask(config), PRUNED, SHORT]
-        storage = Storage.choose(precision, dtype, DIALECTS[dialect], {128, 192, 256}, 2, precision == "fp8")
+        storage = Storage.choose(precision, dtype, DIALECTS[dialect], {128, 192, 256}, layers, precision == "fp8")
         if key not in done:
             root = tmp_path_factory.mktemp("-".join(map(str, key)))
             orders = [UnitOrder(tuple(range(2)), tuple(range(256))) for _ in config.layers]
@@ -72,11 +75,11 @@ def make_tier(cached_traces: None, make_tiny: Any, tmp_path_factory: pytest.Temp
             sliced = tier_config(config, masks[int(tier[1:])])
             export_tier(sliced, Target(DIALECTS[dialect], storage.dtype, CONTEXT), table, path)
         if depth and not (prompt := path.with_name("prefill.onnx")).exists():
-            with WeightWriter(root / "own.bin", "own.bin") as writer:
-                own = key_value_entries(writer, table, WeightReader(root / "weights.bin"), config, depth)
-            own_table = table.with_extras(WeightTable(own))
+            pruned = PrunedPrompt(PromptPath(depth, share), {1: torch.linspace(-1, 1, 128)[:, None]})
+            TierExtras.write_prompt(root, EXTRAS_FILE, table, WeightReader(root / "weights.bin"), config, pruned)
+            own_table = table.with_extras(TierExtras.read(root, EXTRAS_FILE).table)
             target = Target(DIALECTS[dialect], storage.dtype, CONTEXT)
-            export_prompt_pass(config, PromptPath(depth), target, own_table, prompt)
+            export_prompt_pass(config, pruned.path, target, own_table, prompt)
         return root
 
     return make

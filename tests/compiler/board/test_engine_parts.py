@@ -18,13 +18,13 @@ from eopc_compiler.board import engine_job
 from eopc_compiler.board.compilers import Compiler
 from eopc_compiler.board.engine_job import EngineJob, JobResult, run_job
 from eopc_compiler.board.engine_memory import build_bytes, check_memory, graph_bytes
-from eopc_compiler.board.engine_set import EngineArgs, build_engines, check_graphs
+from eopc_compiler.board.engine_set import EngineArgs, build_engines, check_graphs, choose_settings
 from eopc_compiler.board.engine_target import BuildTarget, check_target, device_engine
 from eopc_compiler.board.rules import RefusedGraphError
 from eopc_compiler.board.tensorrt_build import BuilderCrashError, BuildSettings, EngineBuildError
-from eopc_runtime.bundle import Bundle
+from eopc_runtime.bundle import Bundle, Workload
 from eopc_runtime.engines import list_engine_sets, read_engines
-from eopc_runtime.errors import DeviceError
+from eopc_runtime.errors import DeviceError, UsageError
 from eopc_runtime.profiles import list_profiles
 
 from .conftest import gather_graph, with_an_adding_scatter
@@ -75,6 +75,19 @@ def test_tiers_share_shapes_and_one_timing_cache(bundle: Path) -> None:
     assert {job.timing_cache for job in builds.jobs} == {str(bundle.resolve() / "engines/orin-sm87/timing.cache")}
     assert {job.settings for job in builds.jobs} == {replace(SETTINGS, workspace_bytes=1 << 30)}
     assert [r.decomposed_attention for r in read_engines(bundle, "orin-sm87")] == [True, True, False]
+
+
+def test_a_pass_chooses_no_more_tokens_than_a_topk_takes(make_bundle: Any, tmp_path: Path) -> None:
+    """Half of 7678 tokens are 3839: a longer prompt runs in several passes, and a longer pass is refused."""
+    manifest = Bundle.open(make_bundle(tmp_path / "b.eopc", "native", "orin", apart=True), verify=False).manifest
+    t0 = manifest.tiers[0]
+    assert t0.prefill is not None
+    halved = replace(t0, prefill=replace(t0.prefill, share=0.5))
+    long = replace(manifest, context=20_000, workload=Workload(10_000, 16), tiers=(halved, *manifest.tiers[1:]))
+    assert choose_settings(long, EngineArgs(Path("b"))).max_prompt_tokens == 7678
+    assert choose_settings(replace(long, tiers=manifest.tiers), EngineArgs(Path("b"))).max_prompt_tokens == 10_000
+    with pytest.raises(UsageError, match="Give at most 7678"):
+        choose_settings(long, EngineArgs(Path("b"), max_prompt_tokens=8000))
 
 
 def test_a_refused_tier_leaves_those_before_it(bundle: Path) -> None:

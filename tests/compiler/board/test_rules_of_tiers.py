@@ -50,6 +50,16 @@ def test_every_graph_we_write_passes_its_lists(kind: tuple[str, str, str], make_
         assert check_graph(model, rules) == ()
 
 
+@pytest.mark.parametrize(("precision", "dialect"), [("fp16", "primitive"), ("int8", "native"), ("fp16", "native")])
+def test_a_prompt_that_chooses_tokens_passes_its_lists(precision: str, dialect: str, make_tier: Any) -> None:
+    """Scores, TopK of a length that is known when it runs, and rows scattered back, without a reduction."""
+    root = make_tier(precision, dialect, "float16", "t0", depth=1, share=0.5)
+    model = outline_for_tensorrt(root / "tiers" / "t0" / "prefill.onnx", CACHE_LEN)
+    assert {"TopK", "ScatterND", "Where"} <= {n.op_type for n in model.graph.node}
+    for rules in LISTS.values():
+        assert dialect not in rules.dialects or check_graph(model, rules) == ()
+
+
 def test_int4_in_the_primitive_dialect_is_refused(make_tier: Any) -> None:
     """INT4 comes with ONNX opset 21, TensorRT 10.3 is documented to 20: unproven, so refused, and no profile has it."""
     model = outline_for_tensorrt(tier(make_tier, "int4", "primitive", "t1"), CACHE_LEN)

@@ -115,6 +115,16 @@ def test_a_prompt_that_skips_layers_builds(dialect: str, target: int, make_tier:
     assert (plan.profiles, plan.attention_layers) == (1, 1)
 
 
+@pytest.mark.parametrize(("dialect", "target"), [("native", 86), ("primitive", 86), ("native", 89)])
+def test_a_prompt_that_chooses_tokens_builds(dialect: str, target: int, make_tier: Any, rtx: Any) -> None:
+    """How many depends on the prompt's length when the plan runs; fused attention in both layers that run."""
+    root = make_tier("fp16", dialect, "float16", "t0", depth=1, share=0.5)
+    path = Path("tiers/t0/prefill.onnx")
+    assert [n.op_type for n in onnx.load(root / path, load_external_data=False).graph.node].count("TopK") == 1
+    plan = build_plan(rtx, prepare_for_tensorrt(root, path, SETTINGS.cache_len), root, target, SETTINGS, "prefill")
+    assert (plan.profiles, plan.attention_layers) == (1, 2)
+
+
 @pytest.mark.parametrize(("stored", "opset", "target"), [("fp16", 20, 86), ("int8", 24, 86), ("fp16", 24, 89)])
 def test_the_graph_that_gathers_weights_builds(stored: str, opset: int, target: int, rtx: Any, tmp_path: Path) -> None:
     """In a child process, with its tables in a file beside it: one plan of fixed shapes, without attention."""
