@@ -110,13 +110,13 @@ def choose_settings(manifest: Manifest, args: EngineArgs) -> BuildSettings:
     share = max((t.prefill.share for t in manifest.tiers if t.prefill), default=0.0)
     most = int(MOST_CHOSEN / share) if share else cache_len
     longest = args.max_prompt_tokens or min(max(USUAL_MAX_PROMPT, usual), cache_len, most)
+    if longest > cache_len:
+        raise UsageError(f"--max-prompt-tokens {longest} is more than the cache holds, {cache_len}. Raise --cache-len.")
     if longest > most:
         raise UsageError(
             f"--max-prompt-tokens {longest} lets {share:.0%} of so many tokens be chosen at once, more than TensorRT's "
             f"TopK takes. Give at most {most}; longer prompts run in several passes."
         )
-    if longest > cache_len:
-        raise UsageError(f"--max-prompt-tokens {longest} is more than the cache holds, {cache_len}. Raise --cache-len.")
     return BuildSettings(cache_len, longest, min(usual, longest), args.workspace_bytes)
 
 
