@@ -31,8 +31,9 @@ from eopc_compiler.prefill_ablation import PrefillPruning, continuation_losses, 
 from eopc_compiler.stage_importance import stage_importance
 from eopc_compiler.stored_model import TOKEN_WINDOWS
 from eopc_compiler.token_fit import fit_token_scorers
-from eopc_runtime.bundle import Bundle, TierInfo
+from eopc_runtime.bundle import Bundle
 from eopc_runtime.runners.ort import OrtTier
+from eopc_runtime.tier_info import TierInfo
 
 DOMAINS = ("wiki", "code", "maths")
 LENGTH, PROMPT = 512, 384

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eopc_runtime.bundle import Bundle, TierInfo
+from eopc_runtime.bundle import Bundle
 from eopc_runtime.energy import prior_table
 from eopc_runtime.errors import BudgetError, BundleError
 from eopc_runtime.policy import Request, pick_tier
 from eopc_runtime.profiles import load_profile
 from eopc_runtime.runners.ort import OrtCache, OrtTier
 from eopc_runtime.session import Session
+from eopc_runtime.tier_info import TierInfo
 
 pytest.importorskip("torch", reason="the compiler extra is not installed")
 

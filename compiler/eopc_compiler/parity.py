@@ -22,10 +22,11 @@ import torch
 from eopc_compiler.model import Cache, Llama, Projection
 from eopc_compiler.prompt_pass import PromptPass
 from eopc_compiler.selector import ChannelSelector
-from eopc_runtime.bundle import Bundle, TierInfo
+from eopc_runtime.bundle import Bundle
 from eopc_runtime.errors import ParityError
 from eopc_runtime.memory import release_memory
 from eopc_runtime.runners.ort import OrtTier
+from eopc_runtime.tier_info import TierInfo
 
 STEPS = 16
 PROMPT = 48

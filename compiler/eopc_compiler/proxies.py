@@ -21,9 +21,10 @@ from eopc_compiler.board.engine_target import BuildTarget, resolve_target
 from eopc_compiler.board.tensorrt_build import BuilderCrashError, BuildSettings, EngineBuildError
 from eopc_compiler.stage_bundle import manifest_tiers, write_manifest
 from eopc_compiler.state import CompileState
-from eopc_runtime.bundle import Bundle, TierInfo
+from eopc_runtime.bundle import Bundle
 from eopc_runtime.engines import phase_graphs
 from eopc_runtime.errors import DeviceError, MissingExtraError
+from eopc_runtime.tier_info import TierInfo
 
 
 def compile_proxies(state: CompileState) -> CompileState:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from eopc_runtime.errors import BundleError
 from eopc_runtime.jsonfields import Fields, shown
 
+MANIFEST_NAME = "manifest.json"
 NEXT_ENERGY_NAME = "energy.next.json"  # prices on their way into the bundle, see calibration/publish.py
 _CHUNK_BYTES = 1 << 20
 

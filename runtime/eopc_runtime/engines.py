@@ -20,12 +20,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from eopc_runtime.bundle import WEIGHTS_NAME, Bundle, TierInfo
+from eopc_runtime.bundle import WEIGHTS_NAME, Bundle
 from eopc_runtime.bundle_files import FileEntry, check_file, inside
 from eopc_runtime.errors import BundleError, EngineMismatchError
 from eopc_runtime.files import write_whole
 from eopc_runtime.jsonfields import Fields, read_json
 from eopc_runtime.profiles import ENGINE_COMPILERS
+from eopc_runtime.tier_info import TierInfo
 
 ENGINES_SCHEMA = 1
 ENGINES_FOLDER = "engines"

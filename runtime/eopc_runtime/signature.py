@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eopc_runtime.bundle import ENERGY_NAME, MANIFEST_NAME, Bundle, Manifest
-from eopc_runtime.bundle_files import inside
+from eopc_runtime.bundle import ENERGY_NAME, Bundle, Manifest
+from eopc_runtime.bundle_files import MANIFEST_NAME, inside
 from eopc_runtime.engines import ENGINES_FOLDER
 from eopc_runtime.errors import BundleError, MissingExtraError, SignatureError, UsageError
 from eopc_runtime.files import write_new, write_whole

@@ -13,13 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eopc_runtime.bundle import Bundle, LayerInfo, Manifest, ModelInfo, TierInfo, Workload
+from eopc_runtime.bundle import Bundle, Manifest, ModelInfo, Workload
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
 from eopc_runtime.errors import BudgetError, BundleError, MeterLostError, PromptError, UsageError
 from eopc_runtime.reconcile import Guard
 from eopc_runtime.runners.base import Logits, Wanted
 from eopc_runtime.sampling import SamplingParams
 from eopc_runtime.session import Session
+from eopc_runtime.tier_info import LayerInfo, TierInfo
 from eopc_runtime.tokenizer import Tokenizer
 
 from .conftest import FakeCache, byte_backend

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from eopc_runtime.bundle import Manifest, TierInfo
+from eopc_runtime.bundle import Manifest
 from eopc_runtime.cli.output import format_bytes
 from eopc_runtime.engines import phase_graphs
 from eopc_runtime.errors import DeviceError
 from eopc_runtime.memory import memory_bytes
+from eopc_runtime.tier_info import TierInfo
 
 # Fitted to the peak resident memory of TensorRT-RTX 1.7 builds with two profiles, 1 to 6 layers of width 576 and 2048:
 # within 10 % for fp16 and for 30 layers in fp32 (3.3 GB), high for int8. int4, fp8 and TensorRT itself: not measured.

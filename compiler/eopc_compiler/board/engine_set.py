@@ -18,7 +18,7 @@ from eopc_compiler.board.engine_memory import check_memory, graph_bytes
 from eopc_compiler.board.engine_target import BuildTarget, check_target, resolve_target
 from eopc_compiler.board.tensorrt_build import MOST_CHOSEN, BuildSettings
 from eopc_compiler.cache import lock_folder
-from eopc_runtime.bundle import Bundle, Manifest, TierInfo
+from eopc_runtime.bundle import Bundle, Manifest
 from eopc_runtime.cli.output import format_bytes
 from eopc_runtime.engines import (
     ENGINES_NAME,
@@ -34,6 +34,7 @@ from eopc_runtime.engines import (
     write_engines,
 )
 from eopc_runtime.errors import BundleError, UsageError
+from eopc_runtime.tier_info import TierInfo
 
 USUAL_MAX_PROMPT = 512  # tokens of a prefill step, unless the workload's prompt is longer
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from eopc_runtime.bundle import ENERGY_NAME, MANIFEST_NAME, Bundle, Manifest
-from eopc_runtime.bundle_files import NEXT_ENERGY_NAME, FileEntry, finish_publication
+from eopc_runtime.bundle import ENERGY_NAME, Bundle, Manifest
+from eopc_runtime.bundle_files import MANIFEST_NAME, NEXT_ENERGY_NAME, FileEntry, finish_publication
 from eopc_runtime.energy import EnergyTable
 from eopc_runtime.files import write_synced
 

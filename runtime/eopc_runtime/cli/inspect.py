@@ -12,10 +12,11 @@ from eopc_runtime.cli.output import format_bytes, print_json, print_table
 from eopc_runtime.profiles import ENGINE_COMPILERS
 
 if TYPE_CHECKING:
-    from eopc_runtime.bundle import Bundle, TierInfo
+    from eopc_runtime.bundle import Bundle
     from eopc_runtime.energy import EnergyTable
     from eopc_runtime.engines import EngineRecord
     from eopc_runtime.signature import Signature
+    from eopc_runtime.tier_info import TierInfo
 
 
 @click.command()

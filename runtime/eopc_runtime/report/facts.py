@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from eopc_runtime.bundle import MANIFEST_NAME, Bundle
-from eopc_runtime.bundle_files import sha256_file
+from eopc_runtime.bundle import Bundle
+from eopc_runtime.bundle_files import MANIFEST_NAME, sha256_file
 from eopc_runtime.calibration.identity import fingerprint
 from eopc_runtime.engines import EngineRecord, list_engine_sets, read_engines
 from eopc_runtime.errors import BundleError, DeviceError, UsageError

@@ -10,10 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from eopc_runtime.bundle import Manifest, TierInfo, Workload
+from eopc_runtime.bundle import Manifest, Workload
 from eopc_runtime.energy import EnergyTable, TierEnergy
 from eopc_runtime.policy import plan_label
 from eopc_runtime.report.plan_file import PlanFile
+from eopc_runtime.tier_info import TierInfo
 
 WHOLE, STATIC, HANDED, PRUNED, CHOOSING = (
     "whole model",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from eopc_runtime.bundle import TierInfo, Workload
+from eopc_runtime.bundle import Workload
 from eopc_runtime.report.content import Figure, Section, Table
 from eopc_runtime.report.facts import Facts
 from eopc_runtime.report.front import KINDS, Point, alone_points, best_first, plan_points, workloads
 from eopc_runtime.report.layer_map import CHOSEN, FFN, KV, layer_map
 from eopc_runtime.report.pictures import front_document, front_picture, legend_mark, swatch
 from eopc_runtime.report.plan_file import PlannedTier
+from eopc_runtime.tier_info import TierInfo
 from eopc_runtime.units import format_energy
 
 UNKNOWN = "not measured"

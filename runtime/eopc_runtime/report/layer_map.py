@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from eopc_runtime.bundle import TierInfo
 from eopc_runtime.svg import path, picture, series, text
+from eopc_runtime.tier_info import TierInfo
 
 WIDTH, LEFT, TOP = 400, 34, 24
 ROW, KV_HEIGHT, FFN_HEIGHT = 14, 4, 6

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from eopc_runtime.errors import PromptError
 
 if TYPE_CHECKING:
-    from eopc_runtime.bundle import LayerInfo
+    from eopc_runtime.tier_info import LayerInfo
 
 Logits = npt.NDArray[np.float32]  # [n, vocab]
 Wanted = Literal["last", "all", "none"]

@@ -6,8 +6,9 @@ them (unpacked copies while it loads, scratch memory) is not in it, so what is r
 
 from __future__ import annotations
 
-from eopc_runtime.bundle import Manifest, TierInfo
+from eopc_runtime.bundle import Manifest
 from eopc_runtime.errors import DeviceMemoryError
+from eopc_runtime.tier_info import TierInfo
 from eopc_runtime.units import format_bytes
 
 

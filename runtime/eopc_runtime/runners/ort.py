@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eopc_runtime.bundle import Bundle, TierInfo
+from eopc_runtime.bundle import Bundle
 from eopc_runtime.cpu_features import int8_products_overflow
 from eopc_runtime.errors import BundleError, MissingExtraError
 from eopc_runtime.jsonfields import shown
@@ -28,6 +28,7 @@ from eopc_runtime.runners.base import Logits, Wanted, adoption, causal_mask, che
 from eopc_runtime.runners.fit import require_fit, require_room, tier_bytes, weight_bytes
 from eopc_runtime.runners.ort_selector import Chosen, Selector, bind_energies
 from eopc_runtime.runners.ort_session import check_interface, check_selector, execute
+from eopc_runtime.tier_info import TierInfo
 
 GROWTH = 128  # slots a cache grows by; each growth copies the used part once
 PREFILL_CHUNK = 256  # tokens; attention of a chunk reads the cache up to its end only, so causality saves work

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from eopc_runtime.bundle import Manifest, TierInfo
+from eopc_runtime.bundle import Manifest
 from eopc_runtime.errors import BundleError, DeviceError, DeviceMemoryError
 from eopc_runtime.jsonfields import shown
+from eopc_runtime.tier_info import TierInfo
 
 
 def execute(session: Any, binding: Any, tier: str) -> None:

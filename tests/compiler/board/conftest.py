@@ -24,9 +24,10 @@ from eopc_compiler.ladder import Mask, UnitOrder, full_mask, mask_to_json, tier_
 from eopc_compiler.token_selector import PromptPath, PrunedPrompt
 from eopc_compiler.tracing import Target
 from eopc_compiler.weights import WeightReader
-from eopc_runtime.bundle import LayerInfo, Manifest, ModelInfo, PrefillInfo, SelectorInfo, TierInfo, Workload
+from eopc_runtime.bundle import Manifest, ModelInfo, Workload
 from eopc_runtime.bundle_files import file_entry
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
+from eopc_runtime.tier_info import LayerInfo, PrefillInfo, SelectorInfo, TierInfo
 
 CONTEXT = 256
 PRUNED = Mask((LayerDims(0, 1, 128), LayerDims(1, 2, 192)))  # both layers keep pieces, one of them a single KV group

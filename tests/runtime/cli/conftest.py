@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from eopc_runtime.bundle import Bundle, LayerInfo, Manifest, ModelInfo, TierInfo, Workload
+from eopc_runtime.bundle import Bundle, Manifest, ModelInfo, Workload
 from eopc_runtime.bundle_files import FileEntry, sha256_file
 from eopc_runtime.cli import cli
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
 from eopc_runtime.runners.base import Logits, Wanted
+from eopc_runtime.tier_info import LayerInfo, TierInfo
 
 from ..conftest import FakeCache, byte_backend
 

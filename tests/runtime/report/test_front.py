@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eopc_runtime.bundle import Bundle, PrefillInfo, SelectorInfo, Workload
+from eopc_runtime.bundle import Bundle, Workload
 from eopc_runtime.energy_model.forms import Theta
 from eopc_runtime.report import front
 from eopc_runtime.report.front import Point, best_first, kind_of, plan_energy, plan_points, workloads
 from eopc_runtime.report.labels import CHARACTER, HEIGHT, place_labels
 from eopc_runtime.report.plan_file import read_plan
+from eopc_runtime.tier_info import PrefillInfo, SelectorInfo
 
 
 def test_every_pair_has_the_joules_of_the_table_and_only_planned_ones_a_loss(planned: Path) -> None:

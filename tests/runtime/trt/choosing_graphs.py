@@ -15,9 +15,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from eopc_runtime.bundle import LayerInfo, Manifest, ModelInfo, PrefillInfo, SelectorInfo, TierInfo, Workload
+from eopc_runtime.bundle import Manifest, ModelInfo, Workload
 from eopc_runtime.bundle_files import file_entry
 from eopc_runtime.energy import EnergyTable, TierCost, TierEnergy
+from eopc_runtime.tier_info import LayerInfo, PrefillInfo, SelectorInfo, TierInfo
 
 CONTEXT, WORDS, HEAD_DIM = 256, 8, 2  # a row has a number for every word
 KINDS = {"gate": (1, 1), "up": (2, 3), "down": (3, 5)}  # what a row holds at its channel, and by what it is multiplied

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from eopc_runtime.bundle import Manifest, TierInfo
+from eopc_runtime.bundle import Manifest
 from eopc_runtime.errors import BundleError
 from eopc_runtime.runners.tensorrt.api import Context, Engine, numpy_dtype, tensor_names
 from eopc_runtime.runners.tensorrt.memory import Arena, buffer_block
 from eopc_runtime.runners.tensorrt.phase import Workspace, check_tensors
+from eopc_runtime.tier_info import TierInfo
 
 ENERGY = "ffn_energy_"
 KINDS = ("gate", "up", "down")

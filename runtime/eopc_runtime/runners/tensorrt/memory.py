@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from eopc_runtime.bundle import LayerInfo
 from eopc_runtime.runners.tensorrt.cuda import ALIGNMENT, Device
+from eopc_runtime.tier_info import LayerInfo
 
 
 def aligned(nbytes: int) -> int:

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from eopc_runtime.bundle import Bundle, TierInfo
+from eopc_runtime.bundle import Bundle
 from eopc_runtime.engines import EngineRecord, check_plan_file, set_folder
 from eopc_runtime.errors import BundleError, DeviceLostError, DeviceMemoryError
 from eopc_runtime.runners.tensorrt.api import Engine, Loader
@@ -21,6 +21,7 @@ from eopc_runtime.runners.tensorrt.gather import Choice, Gather, check_choice
 from eopc_runtime.runners.tensorrt.memory import Arenas, Scratch
 from eopc_runtime.runners.tensorrt.phase import Phase, Workspace
 from eopc_runtime.runners.tensorrt.tier import TensorRtTier, check_caches
+from eopc_runtime.tier_info import TierInfo
 
 RESIDENT_SHARE = 0.5  # of the GPU's memory for loaded plans; a Jetson's is also the system's
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from eopc_runtime.bundle import LayerInfo, Manifest, TierInfo
+from eopc_runtime.bundle import Manifest
 from eopc_runtime.errors import BundleError
 from eopc_runtime.runners.base import Logits, Wanted, adoption, check_room
 from eopc_runtime.runners.tensorrt.api import Engine, numpy_dtype, tensor_names
 from eopc_runtime.runners.tensorrt.gather import Gather
 from eopc_runtime.runners.tensorrt.memory import Arena, Arenas, TensorRtCache
 from eopc_runtime.runners.tensorrt.phase import CACHE, LOGITS, Phase
+from eopc_runtime.tier_info import LayerInfo, TierInfo
 
 
 class TensorRtTier:
