@@ -21,7 +21,8 @@ from eopc_runtime.bundle import Bundle
 from eopc_runtime.cli.main import cli
 from eopc_runtime.errors import DeviceError
 from eopc_runtime.runners import ort as ort_runner
-from eopc_runtime.runners.ort import OrtPool, OrtTier
+from eopc_runtime.runners.ort import OrtTier
+from eopc_runtime.runners.ort_pool import OrtPool
 from eopc_runtime.session import Session
 
 Settings = Callable[..., Any]

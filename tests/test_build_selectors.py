@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from eopc_runtime.bundle import Bundle
-from eopc_runtime.energy import prior_table
 from eopc_runtime.errors import BudgetError, BundleError
 from eopc_runtime.policy import Request, pick_tier
+from eopc_runtime.prior import prior_table
 from eopc_runtime.profiles import load_profile
 from eopc_runtime.runners.ort import OrtCache, OrtTier
 from eopc_runtime.session import Session

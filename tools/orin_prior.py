@@ -6,7 +6,7 @@ prints the constants and the `prior_error` record of profiles/orin.json, and wha
 
     E = P t + w bytes + x flops + u weights,   t = fixed_s + layers layer_s + bytes / bandwidth + flops / speed
 
-(eopc_runtime.energy.prior_energy) with idle power P and times taken from the profile; w, x and u are fitted here by
+(eopc_runtime.prior.prior_energy) with idle power P and times taken from the profile; w, x and u are fitted here by
 relative least squares, every engine set with the same weight. An engine set is one model, engine and quantisation.
 
 Sets: those of the file for the target engine (TensorRT-LLM: 36 cells each), and one published row of a second, larger
@@ -34,10 +34,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eopc_runtime.energy import TierCost, prior_energy, prior_step_s
+from eopc_runtime.energy import TierCost
 from eopc_runtime.energy_model.fit import bounded_least_squares, fit
 from eopc_runtime.energy_model.folds import Samples
 from eopc_runtime.energy_model.forms import FORMS, QUADRATIC
+from eopc_runtime.prior import prior_energy, prior_step_s
 from eopc_runtime.prior_error import Deviation, PriorError
 from eopc_runtime.profiles import Constant, DeviceProfile, load_profile
 

@@ -8,7 +8,7 @@ from eopc_compiler.selector import Selector
 from eopc_compiler.state import CompileState
 from eopc_compiler.token_selector import PromptPath
 from eopc_runtime.cpu_features import int8_products_overflow
-from eopc_runtime.energy import prior_energy, prior_table
+from eopc_runtime.prior import prior_energy, prior_table
 
 
 def storage_for(state: CompileState, precision: str) -> Storage:

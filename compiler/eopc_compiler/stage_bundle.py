@@ -34,9 +34,10 @@ from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
 from eopc_runtime import __version__
 from eopc_runtime.bundle import Bundle, Manifest, ModelInfo, Workload
 from eopc_runtime.bundle_files import file_entry
-from eopc_runtime.energy import EnergyTable, prior_table
+from eopc_runtime.energy import EnergyTable
 from eopc_runtime.memory import release_memory
 from eopc_runtime.policy import plan_label
+from eopc_runtime.prior import prior_table
 from eopc_runtime.report.write import refresh_report
 from eopc_runtime.runners.ort import OrtTier
 from eopc_runtime.tier_info import LayerInfo, PrefillInfo, SelectorInfo, TierInfo

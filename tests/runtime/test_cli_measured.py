@@ -38,7 +38,7 @@ def eopc(*arguments: object) -> Result:
 @pytest.fixture
 def box(lab: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The lab, whose runners stand where those of ONNX Runtime stand."""
-    monkeypatch.setattr("eopc_runtime.runners.ort.OrtPool", lambda bundle, threads=None: lab.rig().pool)
+    monkeypatch.setattr("eopc_runtime.runners.ort_pool.OrtPool", lambda bundle, threads=None: lab.rig().pool)
     monkeypatch.setattr("eopc_runtime.runners.ort.import_onnxruntime", lambda: None)
     return lab
 

@@ -10,16 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eopc_runtime.energy import (
-    ENERGY_SOURCES,
-    EnergyTable,
-    TierCost,
-    TierEnergy,
-    prior_energy,
-    prior_step_s,
-    prior_table,
-)
+from eopc_runtime.energy import ENERGY_SOURCES, EnergyTable, TierCost, TierEnergy
 from eopc_runtime.errors import BundleError, DeviceError
+from eopc_runtime.prior import prior_energy, prior_step_s, prior_table
 from eopc_runtime.profiles import list_profiles, load_profile
 from eopc_runtime.provenance import Calibration, Conformal, Hull, Identity
 

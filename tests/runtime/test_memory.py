@@ -9,7 +9,7 @@ import pytest
 from eopc_runtime.bundle import Bundle
 from eopc_runtime.errors import DeviceMemoryError
 from eopc_runtime.memory import left_bytes, memory_bytes
-from eopc_runtime.runners import ort
+from eopc_runtime.runners import ort_pool
 from eopc_runtime.runners.fit import cache_bytes, require_fit, require_room, tier_bytes
 
 from .conftest import write_bundle
@@ -79,11 +79,11 @@ def test_a_bundle_that_cannot_fit_is_refused_before_a_graph_is_read(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pool says so when it is opened; with room for it, it opens."""
-    monkeypatch.setattr(ort, "left_bytes", lambda: 10_000)
+    monkeypatch.setattr(ort_pool, "left_bytes", lambda: 10_000)
     with pytest.raises(DeviceMemoryError, match="needs at least"):
-        ort.OrtPool(bundle)
-    monkeypatch.setattr(ort, "left_bytes", lambda: 1 << 30)
-    ort.OrtPool(bundle)
+        ort_pool.OrtPool(bundle)
+    monkeypatch.setattr(ort_pool, "left_bytes", lambda: 1 << 30)
+    ort_pool.OrtPool(bundle)
 
 
 def test_a_cache_that_outgrows_memory_is_refused(bundle: Bundle) -> None:

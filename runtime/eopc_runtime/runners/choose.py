@@ -140,7 +140,8 @@ def _check_set(bundle: Bundle, records: tuple[EngineRecord, ...], gpu: Gpu, driv
 
 
 def _open_ort(bundle: Bundle, threads: int | None, notes: tuple[str, ...]) -> Chosen:
-    from eopc_runtime.runners.ort import OrtPool, import_onnxruntime
+    from eopc_runtime.runners.ort import import_onnxruntime
+    from eopc_runtime.runners.ort_pool import OrtPool
 
     ort = import_onnxruntime()  # say now, not at the first token, that it is missing
     return Chosen("ort", OrtPool(bundle, threads), _ort_version(ort), notes)

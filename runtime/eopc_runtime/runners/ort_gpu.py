@@ -17,7 +17,8 @@ import numpy as np
 from eopc_runtime.bundle import Bundle
 from eopc_runtime.errors import DeviceError
 from eopc_runtime.runners.base import Logits, adoption
-from eopc_runtime.runners.ort import OrtCache, OrtPool, OrtTier
+from eopc_runtime.runners.ort import OrtCache, OrtTier
+from eopc_runtime.runners.ort_pool import OrtPool
 from eopc_runtime.tier_info import TierInfo
 
 # what the providers are named by; each may hand operators it lacks to those after it

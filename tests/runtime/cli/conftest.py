@@ -82,7 +82,7 @@ def bare_bundle(tmp_path: Path) -> Path:
 @pytest.fixture
 def bundle(bare_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same, its graphs run by fake tiers."""
-    monkeypatch.setattr("eopc_runtime.runners.ort.OrtPool", FakePool)
+    monkeypatch.setattr("eopc_runtime.runners.ort_pool.OrtPool", FakePool)
     monkeypatch.setattr("eopc_runtime.runners.ort.import_onnxruntime", lambda: None)
     return bare_bundle
 

@@ -135,7 +135,7 @@ def test_eopc_calibrate_makes_the_report_anew(
     lab: Any, planned: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The page shows the new prices; if it cannot be written, the calibration stands all the same."""
-    monkeypatch.setattr("eopc_runtime.runners.ort.OrtPool", lambda bundle, threads=None: lab.rig().pool)
+    monkeypatch.setattr("eopc_runtime.runners.ort_pool.OrtPool", lambda bundle, threads=None: lab.rig().pool)
     monkeypatch.setattr("eopc_runtime.runners.ort.import_onnxruntime", lambda: None)
     ranges = ["--prompt-range", "8:64", "--new-range", "8:64", "--seconds-per-window", "0.001", "--patience", "0"]
     command = ["calibrate", str(planned), "--meter", "proxy", "--proxy-w", "10", "--quick", *ranges]

@@ -15,8 +15,8 @@ from eopc_runtime.bundle import Bundle
 from eopc_runtime.cli.main import cli
 from eopc_runtime.errors import BundleError, DeviceError, EngineMismatchError, MissingExtraError, UsageError
 from eopc_runtime.runners.choose import open_pool, open_tensorrt
-from eopc_runtime.runners.ort import OrtPool
 from eopc_runtime.runners.ort_gpu import OrtGpuTier, check_providers
+from eopc_runtime.runners.ort_pool import OrtPool
 from eopc_runtime.session import Session
 
 NO_GPU = json.dumps({"init": 100, "driver": "0.0", "devices": []})

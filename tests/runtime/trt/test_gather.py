@@ -13,7 +13,7 @@ import pytest
 from eopc_runtime.engines import read_engines, write_engines
 from eopc_runtime.errors import BundleError, DeviceError
 from eopc_runtime.runners.choose import open_tensorrt
-from eopc_runtime.runners.ort import OrtPool
+from eopc_runtime.runners.ort_pool import OrtPool
 
 from .choosing_graphs import CONTEXT, HEAD_DIM, TIERS, chosen, gather_graph, write_bundle
 

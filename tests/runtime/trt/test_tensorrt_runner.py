@@ -16,7 +16,7 @@ from eopc_runtime.errors import (
     PromptError,
 )
 from eopc_runtime.runners.choose import open_tensorrt
-from eopc_runtime.runners.ort import OrtPool
+from eopc_runtime.runners.ort_pool import OrtPool
 from eopc_runtime.session import Session
 
 PROMPT = list(b"The quick brown fox jumps over the lazy dog, again and again and again.")  # 71 tokens, three chunks

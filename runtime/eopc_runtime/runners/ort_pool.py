@@ -1,0 +1,67 @@
+"""Tiers in ONNX Runtime, loaded when they are asked for and let go when there are too many bytes of them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from eopc_runtime.bundle import Bundle
+from eopc_runtime.memory import left_bytes, release_memory
+from eopc_runtime.runners.fit import require_fit, tier_bytes, weight_bytes
+from eopc_runtime.runners.ort import GROWTH, OrtTier
+from eopc_runtime.tier_info import TierInfo
+
+NO_VNNI = (
+    "this CPU has no VNNI, without which int8 products overflow, so this bundle's run in floating point: slower, and "
+    "in more memory. Build it here for a form that suits this CPU."
+)
+
+RESIDENT_FACTOR = 1.4  # loaded weights may reach this multiple of the largest tier's
+
+
+class OrtPool:
+    """Loads tiers on demand and keeps the recently used within a byte limit."""
+
+    def __init__(self, bundle: Bundle, threads: int | None = None, max_resident_bytes: int | None = None) -> None:
+        self._bundle, self._threads = bundle, threads
+        self._loaded: OrderedDict[str, OrtTier] = OrderedDict()
+        self._bytes = {t.tier: weight_bytes(t) for t in bundle.manifest.tiers}
+        largest = max(t.cost.weight_bytes for t in bundle.manifest.tiers)
+        self._limit = max_resident_bytes or int(RESIDENT_FACTOR * largest)
+        self._require(min(bundle.manifest.tiers, key=lambda t: tier_bytes(bundle.manifest, t, GROWTH)))
+
+    def get(self, tier: str) -> OrtTier:
+        """The runner of a tier; least recently used tiers are let go *before* a new one is loaded."""
+        runner = self._loaded.get(tier)
+        if runner is None:
+            info = self._bundle.tier(tier)
+            while self._loaded and sum(map(self._bytes.__getitem__, (*self._loaded, tier))) > self._limit:
+                self._loaded.popitem(last=False)
+            self._require(info)
+            runner = self._loaded[tier] = self._load(info)
+        self._loaded.move_to_end(tier)
+        return runner
+
+    def _load(self, info: TierInfo) -> OrtTier:
+        return OrtTier(self._bundle, info, self._threads)
+
+    def _require(self, info: TierInfo) -> None:
+        """Refuse a tier that does not fit; whatever is freed only by the collector is freed first."""
+        left = left_bytes()
+        if left is not None and tier_bytes(self._bundle.manifest, info, GROWTH) > left:
+            release_memory()
+        require_fit(self._bundle.manifest, info, GROWTH, left_bytes())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how the loaded tiers run."""
+        slow = any(tier.in_floating_point for tier in self._loaded.values())
+        return (NO_VNNI,) if slow else ()
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Names of the loaded tiers, least recently used first."""
+        return tuple(self._loaded)
+
+    def close(self) -> None:
+        """Release every session."""
+        self._loaded.clear()
