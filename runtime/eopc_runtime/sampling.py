@@ -14,8 +14,9 @@ from eopc_runtime.errors import ModelError, UsageError
 
 FloatArray = NDArray[np.floating[Any]]
 
-# With top_p candidates are sorted; the head of the distribution nearly always holds the mass: sort it alone.
-_HEAD = 1024
+# With top_p candidates are sorted; those above this share of the likeliest nearly always hold the mass: sort these.
+_TAIL = 1e-5
+_BLOCK = 256  # sums of blocks are many times faster than a running sum over the vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,9 @@ def sample(logits: FloatArray, history: Sequence[int], params: SamplingParams, r
         )
     if params.greedy:
         return best
-    ids, probabilities = _candidates(logits, float(logits[best]), params)
-    return int(ids[_draw(probabilities, rng)])
+    ids, weights = _candidates(logits, float(logits[best]), params)
+    drawn = _draw(weights, rng)
+    return drawn if ids is None else int(ids[drawn])
 
 
 def _penalise(logits: FloatArray, history: Sequence[int], penalty: float) -> FloatArray:
@@ -86,43 +88,49 @@ def _penalise(logits: FloatArray, history: Sequence[int], penalty: float) -> Flo
     return changed
 
 
-def _candidates(
-    logits: FloatArray, top: float, params: SamplingParams
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the token ids still allowed and their unnormalised probabilities."""
-    size = logits.shape[0]
-    if params.top_k is not None and params.top_k < size:
-        ids = np.argpartition(logits, size - params.top_k)[size - params.top_k :].astype(np.int64)
-    else:
-        ids = np.arange(size, dtype=np.int64)
-    # float64 and the maximum taken out first: exp can then neither overflow nor lose the head
-    weights = np.exp((logits[ids].astype(np.float64) - top) / params.temperature)
+def _candidates(logits: FloatArray, top: float, params: SamplingParams) -> tuple[NDArray[np.int64] | None, FloatArray]:
+    """Return the token ids still allowed (None: all) and their unnormalised probabilities, 1 for the likeliest."""
+    ids: NDArray[np.int64] | None = None
+    if params.top_k is not None and params.top_k < logits.shape[0]:
+        ids = np.argpartition(logits, -params.top_k)[-params.top_k :]
+        logits = logits[ids]
+    # the maximum taken out first: exp can then neither overflow nor lose the head
+    weights: FloatArray = np.exp((logits - logits.dtype.type(top)) / logits.dtype.type(params.temperature))
     if params.top_p is not None and params.top_p < 1.0:
-        ids, weights = _nucleus(ids, weights, params.top_p)
+        ids, weights = _keep(ids, weights, _nucleus(weights, params.top_p))
     if params.min_p:
-        keep = weights >= params.min_p * weights.max()
-        ids, weights = ids[keep], weights[keep]
+        ids, weights = _keep(ids, weights, np.flatnonzero(weights >= params.min_p * weights.max()))
     return ids, weights
 
 
-def _nucleus(
-    ids: NDArray[np.int64], weights: NDArray[np.float64], top_p: float
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Keep the smallest set of most likely tokens whose share of the mass reaches `top_p` (at least one)."""
-    goal = top_p * float(weights.sum())
-    head = np.argpartition(weights, weights.size - _HEAD)[weights.size - _HEAD :] if weights.size > _HEAD else None
-    if head is None or float(weights[head].sum()) < goal:
+def _keep(
+    ids: NDArray[np.int64] | None, weights: FloatArray, kept: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], FloatArray]:
+    return kept if ids is None else ids[kept], weights[kept]
+
+
+def _nucleus(weights: FloatArray, top_p: float) -> NDArray[np.int64]:
+    """Indices of the smallest set of most likely tokens whose share of the mass reaches `top_p` (at least one)."""
+    goal = top_p * float(weights.sum(dtype=np.float64))
+    head = np.flatnonzero(weights >= _TAIL)
+    if float(weights[head].sum(dtype=np.float64)) < goal:
         head = np.arange(weights.size)
     order = head[np.argsort(-weights[head], kind="stable")]
-    count = int(np.searchsorted(np.cumsum(weights[order]), goal)) + 1
-    return ids[order[:count]], weights[order[:count]]
+    count = int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64), goal)) + 1
+    return order[:count]
 
 
-def _draw(weights: NDArray[np.float64], rng: np.random.Generator) -> int:
-    """Return an index with a probability proportional to its weight."""
-    edges = np.cumsum(weights)
-    index = int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))
-    return min(index, weights.size - 1)  # rounding may put the draw on the last edge
+def _draw(weights: FloatArray, rng: np.random.Generator) -> int:
+    """Return an index with a probability proportional to its weight: first its block, then its place in it."""
+    blocks = np.cumsum(np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK), dtype=np.float64))
+    drawn = rng.random() * blocks[-1]
+    block = min(int(np.searchsorted(blocks, drawn, side="right")), blocks.size - 1)
+    part = weights[block * _BLOCK : (block + 1) * _BLOCK]
+    left = drawn - (blocks[block - 1] if block else 0.0)
+    place = int(np.searchsorted(np.cumsum(part, dtype=np.float64), left, side="right"))
+    if place == part.size:  # rounding may put the draw on the last edge
+        place = int(np.flatnonzero(part)[-1])
+    return block * _BLOCK + place
 
 
 def _is_number(value: object) -> bool:

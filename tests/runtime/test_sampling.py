@@ -70,6 +70,29 @@ def test_top_p_on_a_large_vocabulary_equals_a_full_sort(flat: bool, top_p: float
     assert len(seen) > 10  # the draw is not stuck on the head
 
 
+class Fixed:
+    """Stands for a generator that gives one number."""
+
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+    def random(self) -> float:
+        return self.number
+
+
+@pytest.mark.parametrize("number", [0.0, 0.1, 0.5, 0.9, 0.999, 1 - 2**-53])
+@pytest.mark.parametrize("size", [3, 256, 257, 5000])
+def test_a_draw_inverts_the_cumulated_probabilities(size: int, number: float) -> None:
+    """Found by blocks what a running sum over all tokens finds, and never a token that cannot be."""
+    logits = np.random.default_rng(size).normal(size=size).astype(np.float32)
+    logits[[0, -1]] = -np.inf
+    token = sample(logits, [], SamplingParams(temperature=1.0), Fixed(number))  # type: ignore[arg-type]
+    edges = np.cumsum(np.exp(logits.astype(np.float64) - logits.max()))
+    assert np.isfinite(logits[token])
+    share = edges / edges[-1]
+    assert (share[token - 1] if token else 0.0) - 1e-6 <= number <= share[token] + 1e-6  # weights are fp32
+
+
 def test_min_p_drops_tokens_far_below_the_best() -> None:
     """min_p 0.5 keeps tokens with at least half the best probability."""
     assert set(np.flatnonzero(drawn(SamplingParams(temperature=1.0, min_p=0.5)))) == {1, 3}
