@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,8 @@ from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
 from eopc_compiler.planner import TierPlan
 from eopc_compiler.prefill_planner import Behind, paths_to_try, plan_prefill
+from eopc_compiler.stage_plan import prompt_paths
+from eopc_compiler.state import BuildArgs
 from eopc_compiler.token_selector import PromptPath
 
 LAYERS, WIDTH = 10, 8
@@ -106,6 +109,23 @@ def test_tokens_spare_a_prompt_what_layers_do() -> None:
     by_tokens = paths_to_try(30, (0.5,))
     assert by_tokens == (PromptPath(19, 0.5), PromptPath(15, 0.5), PromptPath(11, 0.5), PromptPath(7, 0.5))
     assert paths_to_try(12, (0.75,)) == (PromptPath(7, 0.75), PromptPath(3, 0.75))  # 13 and 17 would be too many
+
+
+@pytest.mark.parametrize(
+    ("depth", "tokens", "shares"),
+    [
+        ("auto", "auto", {0.0, 5 / 16}),
+        ("auto", "none", {0.0}),
+        ("auto", 0.5, {0.5}),
+        (20, "auto", {0.0}),
+        (20, 0.5, {0.5}),
+    ],
+)
+def test_shares_are_tried_unless_layers_were_asked_for(depth: Any, tokens: Any, shares: set[float]) -> None:
+    """A depth alone means whole layers, as before there were token selectors."""
+    paths = prompt_paths(BuildArgs(prefill_depth=depth, prefill_tokens=tokens), 30)
+    assert {p.share for p in paths} == shares
+    assert len(paths) == (4 * len(shares) if depth == "auto" else 1)
 
 
 def test_a_depth_that_promises_most_is_measured_alone_and_dropped_if_it_does_not_keep_it() -> None:
