@@ -61,8 +61,11 @@ class PrunedPrompt:
 
 
 def kept_tokens(tokens: int, parts: int) -> int:
-    """ceil(tokens · parts / PARTS); also of a length that is only known when a graph runs."""
-    return (tokens * parts + PARTS - 1) // PARTS
+    """ceil(tokens · parts / PARTS); also of a length that is only known when a graph runs.
+
+    In this form torch.export sees for itself that the result is never above `tokens`.
+    """
+    return tokens - tokens * (PARTS - parts) // PARTS
 
 
 class TokenScorer(nn.Module):

@@ -172,7 +172,7 @@ KINDS = [  # dialect, compute type, precision, static inputs, whether a tier bel
 ]
 
 
-@pytest.mark.parametrize("path", [PromptPath(1), PromptPath(1, 0.5)], ids=["layers", "tokens"])
+@pytest.mark.parametrize("path", [PromptPath(1), PromptPath(1, 5 / 16)], ids=["layers", "tokens"])
 @pytest.mark.parametrize(("dialect", "dtype", "precision", "static", "cut"), KINDS)
 def test_the_graph_writes_what_pytorch_writes(
     make_tiny: MakeTiny,

@@ -11,11 +11,13 @@ from torch import Tensor
 from eopc_compiler import sequences
 from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LlamaConfig
+from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.prompt_cache import PromptCache
 from eopc_compiler.sequences import Past, next_token_losses, run_layer
 from eopc_compiler.token_fit import fit_token_scorers, token_effects
 from eopc_compiler.token_selector import FIRST, LAST, PromptPath, PrunedPrompt, TokenScorer
+from eopc_compiler.tracing import Target, trace_prompt_pass
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
 PROMPT, LENGTH = 40, 48
@@ -101,6 +103,14 @@ def test_tokens_that_pass_a_layer_leave_what_a_skipping_prompt_leaves(model: Lla
     one.weight.data = SCORERS[1]
     chosen = one(model.blocks[1].input_layernorm(x), torch.arange(PROMPT - 1)[None])
     assert set(differ.nonzero()[:, 0].tolist()) == set(chosen.tolist())
+
+
+@pytest.mark.parametrize("parts", [1, 4, 7, 13, 15])
+def test_graphs_of_every_share_can_be_traced(make_tiny: MakeTiny, parts: int) -> None:
+    """The count is one expression of the length: a tracer that cannot bound it would refuse some shares."""
+    target = Target(DIALECTS["native"], "float32", LENGTH)
+    traced = trace_prompt_pass(make_tiny()[0], PromptPath(1, parts / 16), target)
+    assert [node.op_type for node in traced.graph].count("TopK") == 1
 
 
 @pytest.mark.parametrize("bad", [(0, 0.5), (1, 1.0), (1, -0.5), (1, 0.3)])
