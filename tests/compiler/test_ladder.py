@@ -32,7 +32,7 @@ from eopc_compiler.ladder import (
 )
 from eopc_compiler.model import Cache, Llama
 from eopc_compiler.prompt_pass import PromptPass
-from eopc_compiler.token_selector import PARTS, PromptPath
+from eopc_compiler.token_selector import FREE, PromptPath
 from eopc_runtime.errors import ModelError
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
@@ -146,22 +146,26 @@ def test_a_pruned_prefill_costs_its_layers_and_keys_and_values_of_the_rest(make_
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_a_share_of_a_prompt_costs_what_the_graph_multiplies(make_tiny: MakeTiny, share: float) -> None:
-    """Counted product by product while the module runs: never more than the price, less by under one token."""
+    """Counted product by product while the module runs: never more than the price, and less by under one token where
+    the prompt is longer than what always runs."""
     config, _ = make_tiny()
     path, layers = PromptPath(1, share), len(FULL.layers)
-    module = PromptPass(config, path, context=64)
+    module = PromptPass(config, path, context=128)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
     cost = prompt_cost(config, FULL, path, bytes_per_weight=lambda _name, _layer: 1.0, cache_bytes=2)
-    for tokens in (1, 2, 23, 40):
+    for tokens in (1, 2, 33, 47, 100):
         with FlopCounterMode(display=False) as counter:
             module.fill(Cache.empty(config, tokens, torch.float32), [3] * tokens)
         whole = tier_cost(config, FULL, lambda _name, _layer: 1.0, 2).attn_flops_per_context / layers
         attention = tokens * whole * (tokens + path.kept(tokens))  # without a mask: one layer of all, one of some
         counted = counter.get_total_flops() - attention
-        one = cost.head_flops * PARTS / (PARTS - 1)  # what one token more or less makes
-        price = cost.flops_per_token * tokens + cost.head_flops
-        assert price - one < counted <= price
+        one = cost.head_flops / ((1 - share) * FREE + 15 / 16)  # what one token more or less makes
+        looks = (1 - share) ** 2 * FREE * whole * tokens  # the part of attention that grows with the prompt's length
+        price = cost.flops_per_token * tokens - looks + cost.head_flops
+        assert price - one < counted <= price or (counted <= price and tokens < FREE)
+        last = sum(range(tokens - path.kept(tokens), tokens)) * whole  # tokens before those that run, if the last do
+        assert last <= (cost.attn_flops_per_context - whole) * tokens**2 / 2 + looks
 
 
 def test_a_tied_head_costs_what_an_untied_one_does(make_tiny: MakeTiny) -> None:

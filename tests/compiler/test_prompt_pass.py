@@ -37,7 +37,7 @@ from eopc_compiler.tracing import Target
 from eopc_compiler.weights import WeightReader
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
-PROMPT, LENGTH, CONTEXT = 30, 40, 48
+PROMPT, LENGTH, CONTEXT = 70, 80, 96
 PATHS = [PromptPath(1), PromptPath(2), PromptPath(3), PromptPath(1, 0.5), PromptPath(1, 0.75)]  # of 3 layers
 SCORERS = {1: torch.randn(64, 1, generator=torch.Generator().manual_seed(11))}
 
@@ -207,7 +207,7 @@ def test_the_graph_writes_what_pytorch_writes(
         if isinstance(module, Projection):
             module.input_scale = None
     ids, want = tokens_of(1)[0].tolist(), Cache.empty(config, CONTEXT, torch.float32)
-    for chunk in (ids[:7], ids[7:]):
+    for chunk in (ids[:30], ids[30:]):
         reference.fill(want, chunk)
     got = run_graph(tmp_path, ids, want, dtype)
     scale = max(float(t.abs().max()) for t in want.keys + want.values)
@@ -227,7 +227,7 @@ def run_graph(root: Path, ids: list[int], like: Cache, dtype: str) -> list[Tenso
     count = len(like.keys)
     names = [f"{kind}_cache_{i}" for kind in "kv" for i in range(count)]
     caches = [np.zeros(tuple(t.shape), dtype=dtype) for t in like.keys + like.values]
-    for start, chunk in ((0, ids[:7]), (7, ids[7:])):
+    for start, chunk in ((0, ids[:30]), (30, ids[30:])):
         positions = torch.arange(start, start + len(chunk))
         feeds = {
             "input_ids": np.array([chunk]),
@@ -277,9 +277,11 @@ def test_choices_of_layers_are_as_many_as_asked_for() -> None:
 @pytest.mark.usefixtures("exact")
 def test_tokens_chosen_for_a_layer_are_as_many_as_asked_for_and_all_of_them_skip_nothing(make_tiny: MakeTiny) -> None:
     """From none, which is the pruned prefill, to all, which is the dense one."""
-    model, tokens = deployed(make_tiny), tokens_of(3, 40)
+    model, tokens = deployed(make_tiny), tokens_of(3)
     dense, none, some, every = (
-        continuation_losses(model, tokens, 30, PrefillPruning(frozenset(skipped), share=share, chosen_by="attention"))
+        continuation_losses(
+            model, tokens, PROMPT, PrefillPruning(frozenset(skipped), share=share, chosen_by="attention")
+        )
         for skipped, share in (((), 0.0), ((1, 2), 0.0), ((1, 2), 0.625), ((1, 2), 1.0))
     )
     torch.testing.assert_close(every, dense, atol=1e-5, rtol=0)
@@ -289,13 +291,13 @@ def test_tokens_chosen_for_a_layer_are_as_many_as_asked_for_and_all_of_them_skip
 @pytest.mark.usefixtures("exact")
 def test_tokens_are_chosen_by_the_prompt_alone(make_tiny: MakeTiny) -> None:
     """Neither what follows the prompt nor the other sequences of a batch change a loss before the difference."""
-    model, tokens = deployed(make_tiny), tokens_of(3, 40)
+    model, tokens = deployed(make_tiny), tokens_of(3)
     pruning = PrefillPruning(frozenset({1, 2}), share=0.625, chosen_by="attention")
     changed = tokens.clone()
-    changed[:, 35:] = (changed[:, 35:] + 1) % 160
-    found, other = (continuation_losses(model, t, 30, pruning) for t in (tokens, changed))
+    changed[:, PROMPT + 5 :] = (changed[:, PROMPT + 5 :] + 1) % 160
+    found, other = (continuation_losses(model, t, PROMPT, pruning) for t in (tokens, changed))
     torch.testing.assert_close(found[:, :5], other[:, :5], atol=1e-5, rtol=0)
-    alone = continuation_losses(model, tokens[1:2], 30, pruning)
+    alone = continuation_losses(model, tokens[1:2], PROMPT, pruning)
     torch.testing.assert_close(found[1:2], alone, atol=1e-5, rtol=0)
 
 

@@ -16,11 +16,11 @@ from eopc_compiler.model import Llama, build_model
 from eopc_compiler.prompt_cache import PromptCache
 from eopc_compiler.sequences import Past, next_token_losses, run_layer
 from eopc_compiler.token_fit import fit_token_scorers, token_effects
-from eopc_compiler.token_selector import FIRST, LAST, PromptPath, PrunedPrompt, TokenScorer
+from eopc_compiler.token_selector import FIRST, FREE, LAST, PromptPath, PrunedPrompt, TokenScorer
 from eopc_compiler.tracing import Target, trace_prompt_pass
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
-PROMPT, LENGTH = 40, 48
+PROMPT, LENGTH = 80, 88
 HALF = PromptPath(1, 0.5)
 SCORERS = {1: torch.randn(64, 1, generator=torch.Generator().manual_seed(3))}
 
@@ -53,26 +53,26 @@ def scorer(share: float, seed: int = 3) -> TokenScorer:
 
 
 @pytest.mark.parametrize("share", [1 / 16, 0.25, 0.5, 15 / 16])
-@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 32, 33, 48, 90])
 def test_as_many_tokens_run_as_the_share_says_rounded_up(share: float, tokens: int) -> None:
-    """Whatever is in them; no token twice."""
+    """All of the first FREE, and the share of those beyond, whatever is in them; no token twice."""
     normed = torch.randn(1, tokens, 64, generator=torch.Generator().manual_seed(tokens))
     chosen = scorer(share)(normed, torch.arange(tokens)[None])
-    want = -(-tokens * round(16 * share) // 16)
+    want = min(tokens, FREE) - (-max(tokens - FREE, 0) * round(16 * share) // 16)
     assert len(set(chosen.tolist())) == len(chosen) == want == PromptPath(1, share).kept(tokens)
 
 
 @pytest.mark.parametrize("start", [0, 100])
 def test_the_first_tokens_of_a_sequence_and_the_last_of_a_pass_always_run(start: int) -> None:
     """The others by their scores, highest first."""
-    normed, positions = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(1)), torch.arange(40) + start
+    normed, positions = torch.randn(1, 80, 64, generator=torch.Generator().manual_seed(1)), torch.arange(80) + start
     one = scorer(0.5)
     chosen = one(normed, positions[None]).tolist()
-    always = [i for i in range(40) if positions[i] < FIRST or i >= 40 - LAST]
+    always = [i for i in range(80) if positions[i] < FIRST or i >= 80 - LAST]
     assert set(always) <= set(chosen)
     scores = (normed[0] @ one.weight)[:, 0].tolist()
-    others = sorted(set(range(40)) - set(always), key=lambda i: -scores[i])
-    assert set(chosen) - set(always) == set(others[: 20 - len(always)])
+    others = sorted(set(range(80)) - set(always), key=lambda i: -scores[i])
+    assert set(chosen) - set(always) == set(others[: HALF.kept(80) - len(always)])
 
 
 def test_a_second_run_and_other_sequences_of_a_batch_change_nothing(model: Llama) -> None:
@@ -139,7 +139,7 @@ def test_an_effect_is_what_the_loss_changes_by_when_a_token_passes_the_layer(mod
 
 
 def test_a_fitted_score_ranks_tokens_by_what_the_answer_would_lose(model: Llama) -> None:
-    """On text that it was not fitted on: the rank correlation over 1680 tokens (by chance 0.02).
+    """On text that it was not fitted on: the rank correlation over 3600 tokens (by chance 0.02).
 
     Tokens are drawn evenly, so nothing but their own features tells what a random model's answer would lose.
     """
