@@ -21,7 +21,7 @@ from eopc_runtime.session import Session
 pytest.importorskip("torch", reason="the compiler extra is not installed")
 onnx = pytest.importorskip("onnx")
 
-PROMPT = list(range(30, 90))
+PROMPT = list(range(30, 120))
 HALF = 0.5
 
 
@@ -81,11 +81,11 @@ def test_the_tier_says_what_runs_and_costs_less_per_token_of_a_prompt(bundle: Bu
     assert 0.4 < prices[1].prefill_j1 / prices[0].prefill_j1 < 0.85
 
 
-@pytest.mark.parametrize("count", [1, 2, 17, 60])
+@pytest.mark.parametrize("count", [1, 32, 33, 90])
 def test_the_graph_runs_as_many_tokens_as_are_priced(bundle: Bundle, tmp_path: Path, count: int) -> None:
-    """In both layers that choose, at every length: counted on the graph that ships."""
+    """32 and half of the rest, in both layers that choose: counted on the graph that ships."""
     picked = chosen_tokens(bundle, tmp_path, PROMPT[:count])
-    assert [len(set(ids)) for ids in picked] == [-(-count // 2)] * 2
+    assert [len(set(ids)) for ids in picked] == [min(count, 32) + -(-max(count - 32, 0) // 2)] * 2
 
 
 def test_which_tokens_run_depends_on_the_prompt_alone(bundle: Bundle, tmp_path: Path) -> None:

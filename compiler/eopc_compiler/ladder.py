@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from eopc_compiler.config import LayerDims, LlamaConfig
-from eopc_compiler.token_selector import FREE, PARTS, PromptPath
+from eopc_compiler.token_selector import PARTS, PromptPath
 from eopc_runtime.energy import TierCost
 from eopc_runtime.errors import ModelError
+from eopc_runtime.tier_info import FREE
 
 MASK_SCHEMA = 1
 

@@ -2,10 +2,10 @@
 
 Of the layers behind a prompt's `depth`, every one but the last runs FREE of the S tokens that it is given, and a share
 of those beyond: FREE + ceil(share · (S - FREE)). The others pass it unchanged, as all do in prefill-only pruning (POP,
-arXiv 2602.03295). Few tokens say too much each for some to be spared: a question of 37, of which 12 ran the last 12 of
-SmolLM2-135M's 30 layers, was answered beside the point. Keys and values are written of
-all of them, at their own positions, and the last layer has nothing else to give to a prompt. Tokens are ranked by a
-score that is linear in what the layer reads,
+arXiv 2602.03295). Of a short prompt every token counts: a question of 37, of which 12 ran through the last 12 of
+SmolLM2-135M's 30 layers, was answered beside the point. Keys and values are written of all of them, at their own
+positions, and the last layer has nothing else to give to a prompt. Tokens are ranked by a score that is linear in what
+the layer reads,
 
     s_t = w · norm(x_t)
 
@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from eopc_runtime.tier_info import FREE
+
 FIRST, LAST = 4, 8  # attention rests on a sequence's first tokens, and an answer looks at a prompt's last ones most
-FREE = 32  # tokens of a pass that always run: the first so many of the ranking
 PARTS = 16  # shares are multiples of 1/16, so that counts are exact
 ALWAYS = 1e6  # above every score, and exact in fp32 after positions are subtracted
 

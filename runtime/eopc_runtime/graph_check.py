@@ -52,7 +52,7 @@ OPERATORS = frozenset(
             "Unsqueeze",
         ),  # kin
         *("DequantizeLinear", "QuantizeLinear"),
-        *("Less", "Or", "ReduceSum", "TopK", "Where"),  # channels and tokens chosen by the prompt
+        *("Less", "Max", "Or", "ReduceSum", "TopK", "Where"),  # channels and tokens chosen by the prompt
     }
 )
 # onnx.proto: bits of one element, by TensorProto.DataType

@@ -11,6 +11,7 @@ from eopc_runtime.errors import BundleError
 from eopc_runtime.jsonfields import Fields, shown
 
 KEEP_SHARES = ("layers", "kv_groups", "ffn")
+FREE = 32  # tokens of a pass that run through a layer that only a share runs through, before the share counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,8 @@ class LayerInfo:
 class PrefillInfo:
     """Prefill-only pruning (POP, arXiv 2602.03295): prompts run through the first `depth` layers, by this graph.
 
-    It fills the caches of all layers with all tokens but the last, which is a step of the tier's own graph. A `share`
-    of those tokens, chosen anew in every layer, runs through the other layers but the last as well.
+    It fills the caches of all layers with all tokens but the last, which is a step of the tier's own graph. FREE of
+    those tokens, and a `share` of the rest, run through the other layers but the last as well, chosen anew in each.
     """
 
     depth: int

@@ -32,8 +32,9 @@ from eopc_compiler.ladder import (
 )
 from eopc_compiler.model import Cache, Llama
 from eopc_compiler.prompt_pass import PromptPass
-from eopc_compiler.token_selector import FREE, PromptPath
+from eopc_compiler.token_selector import PromptPath
 from eopc_runtime.errors import ModelError
+from eopc_runtime.tier_info import FREE
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
 ALIGN = 32  # of the tiny model: 3 layers, 4 KV groups, 128 FFN channels

@@ -16,8 +16,9 @@ from eopc_compiler.model import Llama, build_model
 from eopc_compiler.prompt_cache import PromptCache
 from eopc_compiler.sequences import Past, next_token_losses, run_layer
 from eopc_compiler.token_fit import fit_token_scorers, token_effects
-from eopc_compiler.token_selector import FIRST, FREE, LAST, PromptPath, PrunedPrompt, TokenScorer
+from eopc_compiler.token_selector import FIRST, LAST, PromptPath, PrunedPrompt, TokenScorer
 from eopc_compiler.tracing import Target, trace_prompt_pass
+from eopc_runtime.tier_info import FREE
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
 PROMPT, LENGTH = 80, 88

@@ -34,7 +34,7 @@ from eopc_runtime.engines import (
     write_engines,
 )
 from eopc_runtime.errors import BundleError, UsageError
-from eopc_runtime.tier_info import TierInfo
+from eopc_runtime.tier_info import FREE, TierInfo
 
 USUAL_MAX_PROMPT = 512  # tokens of a prefill step, unless the workload's prompt is longer
 
@@ -109,7 +109,7 @@ def choose_settings(manifest: Manifest, args: EngineArgs) -> BuildSettings:
         raise UsageError(f"--cache-len {cache_len} must be between 2 and the bundle's context, {manifest.context}.")
     usual = min(manifest.workload.prompt_tokens, cache_len)
     share = max((t.prefill.share for t in manifest.tiers if t.prefill), default=0.0)
-    most = int(MOST_CHOSEN / share) if share else cache_len
+    most = int((MOST_CHOSEN - FREE) / share) + FREE if share else cache_len
     longest = args.max_prompt_tokens or min(max(USUAL_MAX_PROMPT, usual), cache_len, most)
     if longest > cache_len:
         raise UsageError(f"--max-prompt-tokens {longest} is more than the cache holds, {cache_len}. Raise --cache-len.")

@@ -78,15 +78,15 @@ def test_tiers_share_shapes_and_one_timing_cache(bundle: Path) -> None:
 
 
 def test_a_pass_chooses_no_more_tokens_than_a_topk_takes(make_bundle: Any, tmp_path: Path) -> None:
-    """Half of 7678 tokens are 3839: a longer prompt runs in several passes, and a longer pass is refused."""
+    """32 and half of 7614 more are 3839: a longer prompt runs in several passes, and a longer pass is refused."""
     manifest = Bundle.open(make_bundle(tmp_path / "b.eopc", "native", "orin", apart=True), verify=False).manifest
     t0 = manifest.tiers[0]
     assert t0.prefill is not None
     halved = replace(t0, prefill=replace(t0.prefill, share=0.5))
     long = replace(manifest, context=20_000, workload=Workload(10_000, 16), tiers=(halved, *manifest.tiers[1:]))
-    assert choose_settings(long, EngineArgs(Path("b"))).max_prompt_tokens == 7678
+    assert choose_settings(long, EngineArgs(Path("b"))).max_prompt_tokens == 7646
     assert choose_settings(replace(long, tiers=manifest.tiers), EngineArgs(Path("b"))).max_prompt_tokens == 10_000
-    with pytest.raises(UsageError, match="Give at most 7678"):
+    with pytest.raises(UsageError, match="Give at most 7646"):
         choose_settings(long, EngineArgs(Path("b"), max_prompt_tokens=8000))
 
 
