@@ -31,6 +31,7 @@ from eopc_compiler.prefill_ablation import PrefillPruning, continuation_losses, 
 from eopc_compiler.stage_importance import stage_importance
 from eopc_compiler.stored_model import TOKEN_WINDOWS
 from eopc_compiler.token_fit import fit_token_scorers
+from eopc_compiler.token_selector import PARTS, kept_tokens
 from eopc_runtime.bundle import Bundle
 from eopc_runtime.runners.ort import OrtTier
 from eopc_runtime.tier_info import TierInfo
@@ -78,10 +79,11 @@ def tokens(args: argparse.Namespace) -> None:
     for count in args.counts:
         rows[f"{count} layers by all tokens"] = PrefillPruning(last(layers, count))
         for share in args.shares:
-            over = 1 + round((count - 1) / (1 - share))
+            skipping = 1 - kept_tokens(PROMPT - 1, round(share * PARTS)) / (PROMPT - 1)
+            over = 1 + round((count - 1) / skipping)
             for kind in KINDS:
                 pruning = PrefillPruning(last(layers, over), share=share, chosen_by=kind, scorers=scorers)
-                rows[f"{over} layers by {1 - share:.0%} of tokens, {kind}"] = pruning
+                rows[f"{over} layers by {skipping:.0%} of tokens ({share:g}), {kind}"] = pruning
     show(model, windows, rows)
 
 
