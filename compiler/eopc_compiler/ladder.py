@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from eopc_compiler.config import LayerDims, LlamaConfig
-from eopc_compiler.token_selector import PARTS, PromptPath
+from eopc_compiler.token_selector import PromptPath
 from eopc_runtime.energy import TierCost
 from eopc_runtime.errors import ModelError
-from eopc_runtime.tier_info import FREE
 
 MASK_SCHEMA = 1
 
@@ -134,13 +133,13 @@ def prompt_cost(
 ) -> TierCost:
     """Count what the graph costs that runs prompts through part of the layers: no head, and K and V of the others.
 
-    Where a share c of S tokens runs, beyond the F = FREE that do in any case, q, k and v and the score are of all of
-    them. The rest of a layer costs at most c S + (1 - c) F + 15/16 tokens; what does not depend on S stands in
-    head_flops, as what a pass costs once. If these tokens are the last, they look at S² / 2 - (1 - c)² (S - F)² / 2
-    pairs; c (2 - c) S² / 2 + (1 - c)² F S is charged, whichever they are. Arguments as those of `tier_cost`.
+    Where a share of S tokens runs, q, k and v and the score are of all of them, and the rest of a layer of at most
+    a S + b (`PromptPath.most`); what does not depend on S stands in head_flops, as what a prompt costs once. If these
+    tokens are the last, they look at a (2 - a) S² / 2 + (1 - a) b S pairs; that is charged, whichever they are.
+    Arguments as those of `tier_cost`.
     """
-    whole, layers, share = tier_cost(config, mask, bytes_per_weight, cache_bytes), mask.layers, path.share
-    chosen = path.chosen(len(layers))
+    whole, layers = tier_cost(config, mask, bytes_per_weight, cache_bytes), mask.layers
+    (run, once), chosen = path.most, path.chosen(len(layers))
     every, some, skipped = (
         layers[: path.depth],
         layers[chosen.start : chosen.stop],
@@ -159,9 +158,9 @@ def prompt_cost(
     return replace(
         whole,
         weight_bytes=round(sum(k * n * bytes_per_weight(name, source) for name, source, k, n in sizes)),
-        flops_per_token=2.0 * (matrices - (1 - share) * spared) + (1 - share) ** 2 * FREE * choosing,
-        head_flops=2.0 * spared * ((1 - share) * FREE + (PARTS - 1) / PARTS),
-        attn_flops_per_context=attending + share * (2 - share) * choosing,
+        flops_per_token=2.0 * (matrices - (1 - run) * spared) + (1 - run) * once * choosing,
+        head_flops=2.0 * spared * once,
+        attn_flops_per_context=attending + run * (2 - run) * choosing,
     )
 
 

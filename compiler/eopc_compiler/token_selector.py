@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from eopc_runtime.tier_info import FREE
+from eopc_runtime.tier_info import FREE, PASS
 
 FIRST, LAST = 4, 8  # attention rests on a sequence's first tokens, and an answer looks at a prompt's last ones most
 PARTS = 16  # shares are multiples of 1/16, so that counts are exact
@@ -51,6 +51,12 @@ class PromptPath:
     def kept(self, tokens: int) -> int:
         """How many of these tokens run through such a layer."""
         return kept_tokens(tokens, round(self.share * PARTS))
+
+    @property
+    def most(self) -> tuple[float, float]:
+        """(a, b): of any S tokens, in passes of PASS or more, at most a S + b run through such a layer; (0, 0) for none."""
+        beyond = (1 - self.share) * FREE + (PARTS - 1) / PARTS if self.share else 0.0  # of a pass, above its share
+        return self.share + beyond / PASS, beyond
 
 
 TokenScorers = Mapping[int, Tensor]  # by layer, w [hidden, 1]: a matrix, as graphs multiply it

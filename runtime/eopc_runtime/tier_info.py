@@ -12,6 +12,7 @@ from eopc_runtime.jsonfields import Fields, shown
 
 KEEP_SHARES = ("layers", "kv_groups", "ffn")
 FREE = 32  # tokens of a pass that run through a layer that only a share runs through, before the share counts
+PASS = 256  # tokens of a prompt that are run at once, at least, but for its last pass: prices count on it
 
 
 @dataclass(frozen=True, slots=True)

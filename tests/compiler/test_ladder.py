@@ -34,7 +34,7 @@ from eopc_compiler.model import Cache, Llama
 from eopc_compiler.prompt_pass import PromptPass
 from eopc_compiler.token_selector import PromptPath
 from eopc_runtime.errors import ModelError
-from eopc_runtime.tier_info import FREE
+from eopc_runtime.tier_info import FREE, PASS
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
 ALIGN = 32  # of the tiny model: 3 layers, 4 KV groups, 128 FFN channels
@@ -146,27 +146,32 @@ def test_a_pruned_prefill_costs_its_layers_and_keys_and_values_of_the_rest(make_
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
-def test_a_share_of_a_prompt_costs_what_the_graph_multiplies(make_tiny: MakeTiny, share: float) -> None:
-    """Counted product by product while the module runs: never more than the price, and less by under one token where
-    the prompt is longer than what always runs."""
-    config, _ = make_tiny()
-    path, layers = PromptPath(1, share), len(FULL.layers)
-    module = PromptPass(config, path, context=128)
+def test_a_share_of_a_prompt_never_costs_more_than_its_price(make_tiny: MakeTiny, share: float) -> None:
+    """Counted product by product while the module runs, in passes of PASS; less only by what few tokens make.
+
+    Attention, which the module computes without regard to order, is bounded by hand: if the last tokens run.
+    """
+    config, _ = make_tiny(max_position_embeddings=1024)
+    path, per_token = PromptPath(1, share), {"bytes_per_weight": lambda _name, _layer: 1.0, "cache_bytes": 2}
+    module = PromptPass(config, path, context=1024)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
-    cost = prompt_cost(config, FULL, path, bytes_per_weight=lambda _name, _layer: 1.0, cache_bytes=2)
-    for tokens in (1, 2, 33, 47, 100):
+    cost = prompt_cost(config, FULL, path, **per_token)  # type: ignore[arg-type]
+    one = cost.head_flops / path.most[1]  # what one token more makes in the layer that chooses
+    pair = cost.attn_flops_per_context / (1 + path.most[0] * (2 - path.most[0]))  # of one layer
+    for tokens in (1, 2, FREE + 1, PASS, PASS + 1, 2 * PASS + FREE, 1000):
+        cache, ran, attention = Cache.empty(config, tokens, torch.float32), 0, 0.0
         with FlopCounterMode(display=False) as counter:
-            module.fill(Cache.empty(config, tokens, torch.float32), [3] * tokens)
-        whole = tier_cost(config, FULL, lambda _name, _layer: 1.0, 2).attn_flops_per_context / layers
-        attention = tokens * whole * (tokens + path.kept(tokens))  # without a mask: one layer of all, one of some
-        counted = counter.get_total_flops() - attention
-        one = cost.head_flops / ((1 - share) * FREE + 15 / 16)  # what one token more or less makes
-        looks = (1 - share) ** 2 * FREE * whole * tokens  # the part of attention that grows with the prompt's length
+            for start in range(0, tokens, PASS):
+                length = min(PASS, tokens - start)
+                module.fill(cache, [3] * length)
+                ran += path.kept(length)
+                attention += pair * tokens * (length + path.kept(length))  # against the cache's every slot
+        looks = (1 - path.most[0]) * path.most[1] * pair * tokens
         price = cost.flops_per_token * tokens - looks + cost.head_flops
-        assert price - one < counted <= price or (counted <= price and tokens < FREE)
-        last = sum(range(tokens - path.kept(tokens), tokens)) * whole  # tokens before those that run, if the last do
-        assert last <= (cost.attn_flops_per_context - whole) * tokens**2 / 2 + looks
+        assert 0 <= price - (counter.get_total_flops() - attention) < 2 * (path.most[1] + 1) * one
+        last = sum(range(tokens - ran, tokens)) * pair  # tokens before those that run
+        assert last <= (cost.attn_flops_per_context - pair) * tokens**2 / 2 + looks
 
 
 def test_a_tied_head_costs_what_an_untied_one_does(make_tiny: MakeTiny) -> None:

@@ -34,7 +34,7 @@ from eopc_runtime.engines import (
     write_engines,
 )
 from eopc_runtime.errors import BundleError, UsageError
-from eopc_runtime.tier_info import FREE, TierInfo
+from eopc_runtime.tier_info import FREE, PASS, TierInfo
 
 USUAL_MAX_PROMPT = 512  # tokens of a prefill step, unless the workload's prompt is longer
 
@@ -113,6 +113,11 @@ def choose_settings(manifest: Manifest, args: EngineArgs) -> BuildSettings:
     longest = args.max_prompt_tokens or min(max(USUAL_MAX_PROMPT, usual), cache_len, most)
     if longest > cache_len:
         raise UsageError(f"--max-prompt-tokens {longest} is more than the cache holds, {cache_len}. Raise --cache-len.")
+    if share and longest < min(PASS, cache_len):
+        raise UsageError(
+            f"--max-prompt-tokens {longest} is too few: a tier that chooses tokens of a prompt is priced for passes of "
+            f"{PASS} or more."
+        )
     if longest > most:
         raise UsageError(
             f"--max-prompt-tokens {longest} lets {share:.0%} of so many tokens be chosen at once, more than TensorRT's "

@@ -27,10 +27,10 @@ from eopc_runtime.runners.base import Logits, Wanted, adoption, causal_mask, che
 from eopc_runtime.runners.fit import require_room
 from eopc_runtime.runners.ort_selector import Chosen, Selector, bind_energies
 from eopc_runtime.runners.ort_session import check_interface, check_selector, execute
-from eopc_runtime.tier_info import TierInfo
+from eopc_runtime.tier_info import PASS, TierInfo
 
 GROWTH = 128  # slots a cache grows by; each growth copies the used part once
-PREFILL_CHUNK = 256  # tokens; attention of a chunk reads the cache up to its end only, so causality saves work
+PREFILL_CHUNK = PASS  # tokens; attention of a chunk reads the cache up to its end only, so causality saves work
 
 
 @dataclass(slots=True)

@@ -86,6 +86,8 @@ def test_a_pass_chooses_no_more_tokens_than_a_topk_takes(make_bundle: Any, tmp_p
     long = replace(manifest, context=20_000, workload=Workload(10_000, 16), tiers=(halved, *manifest.tiers[1:]))
     assert choose_settings(long, EngineArgs(Path("b"))).max_prompt_tokens == 7646
     assert choose_settings(replace(long, tiers=manifest.tiers), EngineArgs(Path("b"))).max_prompt_tokens == 10_000
+    with pytest.raises(UsageError, match="priced for passes of 256 or more"):
+        choose_settings(long, EngineArgs(Path("b"), max_prompt_tokens=128))
     with pytest.raises(UsageError, match="Give at most 7646"):
         choose_settings(long, EngineArgs(Path("b"), max_prompt_tokens=8000))
 
