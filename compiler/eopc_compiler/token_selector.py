@@ -54,7 +54,7 @@ class PromptPath:
 
     @property
     def most(self) -> tuple[float, float]:
-        """(a, b): of any S tokens, in passes of PASS or more, at most a S + b run through such a layer; (0, 0) for none."""
+        """(a, b): of any S tokens, in passes of PASS or more, at most a S + b run through a layer that chooses some."""
         beyond = (1 - self.share) * FREE + (PARTS - 1) / PARTS if self.share else 0.0  # of a pass, above its share
         return self.share + beyond / PASS, beyond
 
