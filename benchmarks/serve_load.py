@@ -171,6 +171,7 @@ def main() -> None:
         sys.stdout.write(json.dumps(found))
         return
     with Session.open(args.bundle, threads=args.threads, verify=False) as session, tempfile.TemporaryDirectory() as tmp:
+        session.keep_loaded()  # as `eopc serve` does
         requests = make_requests(session)
         with (
             BudgetPolicy([Allowance.parse(ALLOWANCE)], Path(tmp) / "allowance.json") as policy,

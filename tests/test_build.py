@@ -22,7 +22,7 @@ from eopc_runtime.cli.main import cli
 from eopc_runtime.errors import DeviceError
 from eopc_runtime.runners import ort as ort_runner
 from eopc_runtime.runners.ort import OrtTier
-from eopc_runtime.runners.ort_pool import OrtPool
+from eopc_runtime.runners.ort_pool import NO_VNNI, OrtPool
 from eopc_runtime.session import Session
 
 Settings = Callable[..., Any]
@@ -306,7 +306,7 @@ def test_cpus_whose_int8_products_overflow_get_what_they_can_multiply(
     graphs = {o: (root / "tiers/t0/model.onnx").read_bytes() for o, root in roots.items()}
     assert {o: ort_runner.rounds_inputs(graph) for o, graph in graphs.items()} == {False: True, True: False}
     monkeypatch.setattr(ort_runner, "int8_products_overflow", lambda: True)
-    for overflow, notes in ((False, (ort_runner.NO_VNNI,)), (True, ())):
+    for overflow, notes in ((False, (NO_VNNI,)), (True, ())):
         with Session.open(roots[overflow]) as session:
             assert session.generate("abc", max_new_tokens=2).completion_tokens >= 1
             assert session.notes == notes

@@ -147,6 +147,11 @@ class Session:
         self._meter = meter or self._meter
         self.table = table or self.table
 
+    def keep_loaded(self) -> bool:
+        """Load every tier and let none go, where memory allows it (`OrtPool.keep_loaded`); whether they are kept."""
+        keep = getattr(self.pool, "keep_loaded", None)  # engines share memory, and are let go by other rules
+        return keep is not None and bool(keep())
+
     @property
     def metered(self) -> bool:
         """Whether a live meter corrects the ledger, so that only one sequence may run at a time."""

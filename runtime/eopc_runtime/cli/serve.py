@@ -128,6 +128,7 @@ def serve(
         table, warning = prices_here(session.bundle, threads, rails, False, chosen)
         session.use(meter=opened, table=table)
         session.pool.get(session.tiers[0])  # say now, not to the first client, what does not load
+        session.keep_loaded()
         policy = stack.enter_context(BudgetPolicy(allowances, state if allowances else None))
         listener = stack.enter_context(bind(host, port))
         scheduler = stack.enter_context(Scheduler(session, max_running=max_running, max_waiting=max_waiting))

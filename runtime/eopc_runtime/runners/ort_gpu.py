@@ -88,6 +88,10 @@ class OrtGpuPool(OrtPool):
         super().__init__(bundle, threads)
         self._providers = PROVIDERS[runner]
 
+    def keep_loaded(self) -> bool:
+        """No: what memory is left is known of this machine, not of its GPU."""
+        return False
+
     def _load(self, info: TierInfo) -> OrtTier:
         return OrtGpuTier(self._bundle, info, self._threads, self._providers)
 

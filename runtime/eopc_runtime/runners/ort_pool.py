@@ -16,6 +16,7 @@ NO_VNNI = (
 )
 
 RESIDENT_FACTOR = 1.4  # loaded weights may reach this multiple of the largest tier's
+KEPT_SHARE = 0.5  # of the memory left, that all tiers may take where a server keeps them loaded
 
 
 class OrtPool:
@@ -40,6 +41,19 @@ class OrtPool:
             runner = self._loaded[tier] = self._load(info)
         self._loaded.move_to_end(tier)
         return runner
+
+    def keep_loaded(self) -> bool:
+        """Load every tier and let none go, unless they would take more than half of the memory left; whether they are.
+
+        For servers, whose sequences go back and forth between tiers: loading one takes longer than many a sequence.
+        """
+        left, needed = left_bytes(), sum(self._bytes.values())
+        if left is None or needed > KEPT_SHARE * left:
+            return False
+        self._limit = max(self._limit, needed)
+        for tier in self._bytes:
+            self.get(tier)
+        return True
 
     def _load(self, info: TierInfo) -> OrtTier:
         return OrtTier(self._bundle, info, self._threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from types import FrameType
 
@@ -62,6 +63,15 @@ class Server(uvicorn.Server):
         """Begin to end; call it in the server's loop."""
         if self._ending is None:
             self._ending = asyncio.create_task(self._end())
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to end; what is loaded by then is left out of collections, which stop all threads."""
+        gc.collect()
+        gc.freeze()
+        try:
+            super().run(sockets)
+        finally:
+            gc.unfreeze()
 
     async def _end(self) -> None:
         await asyncio.to_thread(self._service.scheduler.drain, self._grace_s)
