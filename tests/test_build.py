@@ -21,6 +21,8 @@ from eopc_runtime.bundle import Bundle
 from eopc_runtime.cli.main import cli
 from eopc_runtime.errors import DeviceError
 from eopc_runtime.runners import ort as ort_runner
+from eopc_runtime.runners import ort_pool
+from eopc_runtime.runners.fit import weight_bytes
 from eopc_runtime.runners.ort import OrtTier
 from eopc_runtime.runners.ort_pool import NO_VNNI, OrtPool
 from eopc_runtime.session import Session
@@ -213,6 +215,22 @@ def test_the_pool_lets_the_least_recently_used_tier_go(tiny_bundle: Path) -> Non
     for name in ("t0", "t1", "t0"):
         pool.get(name)
         assert pool.resident == (name,)
+
+
+def test_a_server_keeps_all_tiers_loaded_where_memory_allows_it(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most half of the memory left; else tiers come and go as they do elsewhere."""
+    bundle = Bundle.open(tiny_bundle)
+    names, needed = tuple(t.tier for t in bundle.manifest.tiers), sum(map(weight_bytes, bundle.manifest.tiers))
+    pool = OrtPool(bundle)
+    monkeypatch.setattr(ort_pool, "left_bytes", lambda: 2 * needed - 1)
+    assert not pool.keep_loaded() and pool.resident == ()
+    monkeypatch.setattr(ort_pool, "left_bytes", lambda: 2 * needed)
+    assert pool.keep_loaded() and pool.resident == names
+    for name in (*names, *names[::-1]):
+        pool.get(name)
+        assert set(pool.resident) == set(names)
 
 
 def test_a_forced_start_steps_down_and_keeps_the_budget(tiny_bundle: Path) -> None:
