@@ -247,6 +247,7 @@ def repair_tiers(state: CompileState) -> CompileState:
             **repair_inputs(state),
             "mask": asdict(tier.mask),
             "prompts": [p and asdict(p) for p in (tier.prompt, state.plan[tier.prefill].prompt)],
+            "stand_for": state.args.workload.prompt_tokens,
             "selector": asdict(tier.selector) if tier.selector else None,
             "scorers": state.scorers[index].name if index in state.scorers else None,
             "file": name,

@@ -63,5 +63,5 @@ class PromptCache:
             return x
         positions = torch.arange(x.shape[1])[None].expand(len(x), -1)
         scores = token_scores(layer.input_layernorm(x), self._pruned.scorers[index], positions)
-        ids = torch.topk(scores, path.kept(x.shape[1])).indices[..., None].expand(-1, -1, x.shape[2])
+        ids = torch.topk(scores, self._pruned.kept(x.shape[1])).indices[..., None].expand(-1, -1, x.shape[2])
         return x.scatter(1, ids, run_layer(self.model, layer, x).float().gather(1, ids))

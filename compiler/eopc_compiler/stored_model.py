@@ -28,6 +28,7 @@ from eopc_compiler.token_fit import fit_token_scorers
 from eopc_compiler.token_selector import PromptPath, PrunedPrompt
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
 from eopc_runtime import __version__
+from eopc_runtime.tier_info import PASS
 
 ROUNDING_WINDOWS = 6  # per domain
 TOKEN_WINDOWS = 6  # per domain, forth and back
@@ -146,7 +147,10 @@ def fit(
 
 
 def pruned_prompt(state: CompileState, storage: Storage, path: PromptPath | None) -> PrunedPrompt | None:
-    """A path with what ranks the tokens where it chooses some; fitted once, for every layer but the last."""
+    """A path with what ranks the tokens where it chooses some; fitted once, for every layer but the last.
+
+    Calibration prompts stand for those of the workload, of which a smaller part may run.
+    """
     if path is None or not path.share:
         return None if path is None else PrunedPrompt(path)
     assert state.calibration
@@ -163,7 +167,8 @@ def pruned_prompt(state: CompileState, storage: Storage, path: PromptPath | None
     from safetensors.torch import load_file
 
     fitted = load_file(state.cache.get("token-scorers", inputs, ".safetensors", produce))
-    return PrunedPrompt(path, {i: fitted[str(i)] for i in path.chosen(len(state.config.layers))})
+    scorers = {i: fitted[str(i)] for i in path.chosen(len(state.config.layers))}
+    return PrunedPrompt(path, scorers, min(PASS, state.args.workload.prompt_tokens))
 
 
 def repair_inputs(state: CompileState) -> dict[str, Any]:

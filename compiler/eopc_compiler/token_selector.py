@@ -15,6 +15,7 @@ tokens of the pass has a say; later tokens have, so a pass is for prompts alone,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -64,10 +65,22 @@ TokenScorers = Mapping[int, Tensor]  # by layer, w [hidden, 1]: a matrix, as gra
 
 @dataclass(frozen=True, slots=True)
 class PrunedPrompt:
-    """A path, and what ranks the tokens in the layers that it chooses some for."""
+    """A path, and what ranks the tokens in the layers that it chooses some for.
+
+    Args:
+        stands_for: tokens of a pass that shorter prompts, of a calibration text, stand for: as large a part of them
+            runs, though FREE is more of a short prompt; None for prompts as they are.
+    """
 
     path: PromptPath
     scorers: TokenScorers = field(default_factory=dict)
+    stands_for: int | None = None
+
+    def kept(self, tokens: int) -> int:
+        """How many of so many tokens run through a layer that chooses some."""
+        if self.stands_for is None or tokens >= self.stands_for:
+            return self.path.kept(tokens)
+        return math.ceil(tokens * self.path.kept(self.stands_for) / self.stands_for)
 
 
 def kept_tokens(tokens: int, parts: int) -> int:

@@ -114,6 +114,13 @@ def test_graphs_of_every_share_can_be_traced(make_tiny: MakeTiny, parts: int) ->
     assert [node.op_type for node in traced.graph].count("TopK") == 1
 
 
+def test_short_prompts_that_stand_for_long_ones_run_as_small_a_part() -> None:
+    """Of 64 tokens 48 run as they are; in place of 256, of which 144 do, as many as of those: 36."""
+    alone, standing = (PrunedPrompt(HALF, SCORERS, length) for length in (None, 256))
+    assert (HALF.kept(256), alone.kept(64), standing.kept(64)) == (144, 48, 36)
+    assert standing.kept(300) == HALF.kept(300)
+
+
 @pytest.mark.parametrize("bad", [(0, 0.5), (1, 1.0), (1, -0.5), (1, 0.3)])
 def test_a_path_that_cannot_be_is_refused(bad: tuple[int, float]) -> None:
     """At least one layer by all tokens; less than all, in sixteenths, through the others."""
