@@ -85,7 +85,7 @@ class Judge:
     def static(self, kind: str, tier: TierPlan, path: PromptPath | None = None) -> Entry:
         """A tier's answers behind prompts of this path, repaired for them."""
         assert self.state.storage
-        pruned = pruned_prompt(self.state, self.state.storage, path)
+        pruned = pruned_prompt(self.state, self.state.storage, path, lambda: self.model)
         behind = ContinuationLoss(self.model, self.text, self.prompt, pruned)
         whole = tier.mask == full_mask(self.state.config)
         repaired = None if whole else repair(self.state, self.model, tier.mask, pruned=pruned)[0]

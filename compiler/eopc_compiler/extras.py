@@ -69,10 +69,9 @@ class TierExtras:
         pruned: PrunedPrompt,
     ) -> None:
         """The same for a tier whose prompts skip layers: their keys and values, and what chooses tokens in others."""
-        chosen = pruned.path.chosen(len(config.layers))
         with WeightWriter(folder / EXTRAS_FILE, name) as writer:
-            entries = key_value_entries(writer, table, reader, config, max(pruned.path.depth, chosen.stop))
-            for i in chosen:
+            entries = key_value_entries(writer, table, reader, config, pruned.path.running(len(config.layers)))
+            for i in pruned.path.chosen(len(config.layers)):
                 entries[f"model.layers.{i}.token_scorer.weight"] = writer.tensor(pruned.scorers[i], "float32")
         _write_table(folder, entries, writer)
 

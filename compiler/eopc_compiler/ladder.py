@@ -139,12 +139,8 @@ def prompt_cost(
     Arguments as those of `tier_cost`.
     """
     whole, layers = tier_cost(config, mask, bytes_per_weight, cache_bytes), mask.layers
-    (run, once), chosen = path.most, path.chosen(len(layers))
-    every, some, skipped = (
-        layers[: path.depth],
-        layers[chosen.start : chosen.stop],
-        layers[max(path.depth, chosen.stop) :],
-    )
+    (run, once), running = path.most, path.running(len(layers))
+    every, some, skipped = layers[: path.depth], layers[path.depth : running], layers[running:]
     sizes = [(name, d.source_layer, k, n) for d in (*every, *some) for name, (k, n) in matrix_shapes(config, d).items()]
     sizes += [
         ("self_attn.qkv_proj", d.source_layer, config.hidden_size, 2 * d.num_key_value_heads * config.head_dim)

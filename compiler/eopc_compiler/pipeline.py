@@ -257,7 +257,7 @@ def repair_tiers(state: CompileState) -> CompileState:
         def produce(path: Path, tier: TierPlan = tier, name: str = name, index: int = index) -> None:
             path.mkdir()
             report = state.counter(f"repairing t{index}")
-            pruned = pruned_prompt(state, storage, state.plan[tier.prefill].prompt)
+            pruned = pruned_prompt(state, storage, state.plan[tier.prefill].prompt, model)
             if tier.prompt is not None:
                 assert state.table and pruned
                 config = tier_config(state.config, tier.mask)

@@ -59,7 +59,7 @@ class PromptPass(nn.Module):
         self.ops = ops = ops or EagerOps()
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        run = max(path.depth, path.chosen(layers).stop)
+        run = path.running(layers)
         self.model.layers = nn.ModuleList(
             [
                 *(Block(config, dims, ops).fuse() for dims in config.layers[:run]),

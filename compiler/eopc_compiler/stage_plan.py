@@ -18,7 +18,7 @@ from eopc_compiler.selector_fit import domain_means, selected_losses
 from eopc_compiler.selector_planner import Choosing, plan_selectors
 from eopc_compiler.state import BuildArgs, CompileState
 from eopc_compiler.stored_model import calibration_walk, deployed_model, fit, pruned_prompt, repair, repair_inputs
-from eopc_compiler.token_selector import PARTS, PromptPath
+from eopc_compiler.token_selector import PARTS, PromptPath, PrunedPrompt
 from eopc_runtime.errors import UsageError
 
 FINALIST_WINDOWS = 4  # per domain: enough to tell candidates apart
@@ -78,9 +78,12 @@ def plan_tiers(state: CompileState) -> CompileState:
         tiers = plan_ladder(full, args.budgets_j, objective, args.search_seconds, args.seed, state.tick)
         walk.cache_clear()  # it holds hidden states of every layer
 
+        def pruned(path: PromptPath | None) -> PrunedPrompt | None:
+            return pruned_prompt(state, storage, path, lambda: model)
+
         def behind(path: PromptPath) -> Behind:
             def losses() -> ContinuationLoss:  # made when it is asked for, and not kept: it holds every layer's inputs
-                return ContinuationLoss(model, text, args.prompt_part, pruned_prompt(state, storage, path))
+                return ContinuationLoss(model, text, args.prompt_part, pruned(path))
 
             return Behind(
                 price=lambda mask: plan_energy(state, mask, storage, path),
@@ -98,8 +101,7 @@ def plan_tiers(state: CompileState) -> CompileState:
             return mean(domain_means(text, selected_losses(model, selector, fitted, text, args.choice_part)).values())
 
         def fixed_loss(mask: Mask, path: PromptPath | None) -> float:
-            pruned = pruned_prompt(state, storage, path)
-            return repaired(ContinuationLoss(model, text, args.choice_part, pruned), mask)
+            return repaired(ContinuationLoss(model, text, args.choice_part, pruned(path)), mask)
 
         if args.selectors == "on" or (args.selectors == "auto" and storage.grid is None):
             choosing = Choosing(

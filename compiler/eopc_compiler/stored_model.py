@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -146,10 +146,15 @@ def fit(
     return fit_selector(model, selector, text, state.args.choice_part, rounding(state.storage), dtype, report)
 
 
-def pruned_prompt(state: CompileState, storage: Storage, path: PromptPath | None) -> PrunedPrompt | None:
+def pruned_prompt(
+    state: CompileState, storage: Storage, path: PromptPath | None, model: Callable[[], Llama]
+) -> PrunedPrompt | None:
     """A path with what ranks the tokens where it chooses some; fitted once, for every layer but the last.
 
     Calibration prompts stand for those of the workload, of which a smaller part may run.
+
+    Args:
+        model: what gives `deployed_model`, asked only where nothing is fitted yet.
     """
     if path is None or not path.share:
         return None if path is None else PrunedPrompt(path)
@@ -160,8 +165,8 @@ def pruned_prompt(state: CompileState, storage: Storage, path: PromptPath | None
     def produce(file: Path) -> None:
         from safetensors.torch import save_file
 
-        model, count = deployed_model(state, storage), state.counter("fitting what ranks tokens", "windows")
-        found = fit_token_scorers(model, calibration.batches(1, TOKEN_WINDOWS), state.args.choice_part, count)
+        count = state.counter("fitting what ranks tokens", "windows")
+        found = fit_token_scorers(model(), calibration.batches(1, TOKEN_WINDOWS), state.args.choice_part, count)
         save_file({str(i): w for i, w in found.items()}, file)
 
     from safetensors.torch import load_file

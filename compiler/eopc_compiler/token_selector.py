@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from eopc_runtime.tier_info import FREE, PASS
+from eopc_runtime.tier_info import FREE, PASS, running_layers
 
 FIRST, LAST = 4, 8  # attention rests on a sequence's first tokens, and an answer looks at a prompt's last ones most
 PARTS = 16  # shares are multiples of 1/16, so that counts are exact
@@ -45,9 +45,13 @@ class PromptPath:
         if self.depth < 1 or not 0 <= self.share < 1 or self.share * PARTS % 1:
             raise ValueError(f"a prompt runs through 1 layer or more, and a share of it in sixteenths, not {self}")
 
+    def running(self, layers: int) -> int:
+        """How many of so many layers all or some of the tokens run through: the first ones."""
+        return running_layers(self.depth, self.share, layers)
+
     def chosen(self, layers: int) -> range:
         """The layers that only a share of the tokens runs through, of so many."""
-        return range(self.depth, layers - 1 if self.share else self.depth)
+        return range(self.depth, self.running(layers))
 
     def kept(self, tokens: int) -> int:
         """How many of these tokens run through such a layer."""

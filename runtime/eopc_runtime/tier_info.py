@@ -15,6 +15,11 @@ FREE = 32  # tokens of a pass that run through a layer that only a share runs th
 PASS = 256  # tokens of a prompt that are run at once, at least, but for its last pass: prices count on it
 
 
+def running_layers(depth: int, share: float, layers: int) -> int:
+    """How many of so many layers a prompt runs through, with all its tokens or a share: the last one needs none."""
+    return max(depth, layers - 1) if share else depth
+
+
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
     """What a tier keeps of one layer: the first kv_heads KV groups and the first ffn units of that layer."""
@@ -49,7 +54,7 @@ class PrefillInfo:
 
     def attending(self, layers: int) -> int:
         """How many of so many layers all or some of the tokens run through: the first ones."""
-        return max(self.depth, layers - 1) if self.share else self.depth
+        return running_layers(self.depth, self.share, layers)
 
     @classmethod
     def from_fields(cls, tier: Fields) -> PrefillInfo | None:

@@ -50,10 +50,9 @@ def deployed(make_tiny: MakeTiny, **changes: bool) -> Llama:
 def prompt_pass(model: Llama, path: PromptPath) -> PromptPass:
     """The pass of a deployment-form model, on its tensors."""
     fresh = PromptPass(model.config, path, context=CONTEXT)
-    chosen = path.chosen(len(model.blocks))
     state = {n: t for n, t in model.state_dict().items() if n in fresh.state_dict()}
-    state |= {f"model.layers.{i}.token_scorer.weight": SCORERS[i] for i in chosen}
-    for index, layer in list(enumerate(model.blocks))[max(path.depth, chosen.stop) :]:
+    state |= {f"model.layers.{i}.token_scorer.weight": SCORERS[i] for i in path.chosen(len(model.blocks))}
+    for index, layer in list(enumerate(model.blocks))[path.running(len(model.blocks)) :]:
         attention = layer.self_attn
         assert attention.qkv_proj is not None
         queries = attention.q_heads * attention.head_dim
