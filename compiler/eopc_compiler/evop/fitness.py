@@ -1,7 +1,7 @@
 """What a pattern costs: mean next-token cross-entropy in nats on token windows, with the removed units skipped.
 
-Three savings, none of which changes a number: patterns are walked as a trie, so that a prefix of the forward pass they
-share is computed once; a loss once known is never computed again; and the tokens come in *stages*, so that a searcher
+Three savings, none of which changes a number: a prefix of the forward pass that patterns share is computed once, as
+long as memory holds it; a loss once known is never computed again; and the tokens come in *stages*, so that a searcher
 may look at few tokens first. The loss at stage s is the mean over all tokens of stages 0..s: going one stage further
 costs the tokens of that stage only.
 """
@@ -9,6 +9,7 @@ costs the tokens of that stage only.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from eopc_compiler.evop.pattern import Pattern
+from eopc_compiler.evop.prefixes import LIMIT_BYTES, Prefixes
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.sequences import next_token_losses, run_attention, run_ffn
 from eopc_runtime.errors import UsageError
@@ -139,6 +141,7 @@ class ModelLosses:
         stages: Sequence[Tensor],
         dtype: torch.dtype | None = None,
         model_key: str | None = None,
+        prefix_bytes: int = LIMIT_BYTES,
     ) -> None:
         """Prepare a model in checkpoint form.
 
@@ -148,6 +151,7 @@ class ModelLosses:
             dtype: of weights and hidden states; left out, the model's own. Another takes a copy. bfloat16 is 3-4 times
                 as fast on a CPU with avx512_bf16, and rounds.
             model_key: a hash of the weights; left out, it is computed when a key is needed.
+            prefix_bytes: of hidden states kept for patterns that begin alike.
         """
         check_stages(stages, model.config.vocab_size)
         self.model = cast_model(model, dtype or model.dtype)
@@ -155,6 +159,7 @@ class ModelLosses:
         self.work = Work()
         self._model_key = model_key
         self._blocks = self.model.blocks
+        self._prefixes = Prefixes(self._run, prefix_bytes)
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -169,29 +174,17 @@ class ModelLosses:
 
     @torch.no_grad()
     def score(self, patterns: Sequence[Pattern], stage: int) -> Iterator[tuple[int, float]]:
-        """Walk the patterns depth first; a hidden state [n, S, hidden] is held per open branch only."""
-        group = [(index, pattern.path) for index, pattern in enumerate(patterns)]
-        for _, path in group:
-            assert len(path) == 2 * len(self._blocks), f"a pattern of {len(path) // 2} layers"
-            self.work.asked += sum(path)
-        tokens = self.stages[stage]
-        yield from self._walk(tokens, group, 0, self.model.model.embed_tokens(tokens))
-
-    def _walk(
-        self, tokens: Tensor, group: list[tuple[int, tuple[bool, ...]]], depth: int, hidden: Tensor
-    ) -> Iterator[tuple[int, float]]:
-        while depth < 2 * len(self._blocks):
-            kept = [member for member in group if member[1][depth]]
-            skipped = [member for member in group if not member[1][depth]]
-            if kept and skipped:
-                yield from self._walk(tokens, skipped, depth + 1, hidden)
-            if kept:
-                hidden = self._run(depth, hidden)
-            group = kept or skipped
-            depth += 1
-        loss = float(next_token_losses(self.model, hidden, tokens).mean())
-        for index, _ in group:
-            yield index, loss
+        """In the order of the forward pass, so that a pattern finds what its neighbour has left."""
+        tokens, depths = self.stages[stage], 2 * len(self._blocks)
+        order = sorted(range(len(patterns)), key=lambda i: patterns[i].path)
+        for path, same in itertools.groupby(order, key=lambda i: patterns[i].path):
+            assert len(path) == depths, f"a pattern of {len(path) // 2} layers"
+            indices, kept = list(same), [depth for depth in range(depths) if path[depth]]
+            self.work.asked += len(indices) * len(kept)
+            every = 1 if patterns[indices[0]].sub_blocks else 2
+            hidden = self._prefixes.run(stage, kept, lambda: self.model.model.embed_tokens(tokens), every)
+            loss = float(next_token_losses(self.model, hidden, tokens).mean())
+            yield from ((index, loss) for index in indices)
 
     def _run(self, depth: int, hidden: Tensor) -> Tensor:
         self.work.run += 1

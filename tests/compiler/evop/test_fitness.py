@@ -61,6 +61,38 @@ def test_the_walk_runs_each_shared_prefix_once(eight_layers: Llama, stages: tupl
     assert source.work.layers_saved == (28 * 12 - len(edges)) / 2 > 28 * 6 / 2  # more than half
 
 
+def test_a_later_generation_runs_only_behind_what_earlier_ones_share(
+    eight_layers: Llama, stages: tuple[Tensor, ...]
+) -> None:
+    """A child that differs from its parent in the last layer costs that layer, on the tokens its parent has seen."""
+    source = ModelLosses(eight_layers, stages)
+    list(source.score([Pattern(8, False, (2, 5))], 0))
+    source.work.run = 0
+    list(source.score([Pattern(8, False, (2, 5, 7))], 0))
+    assert source.work.run == 2  # behind the last layer nothing is kept, as no pattern goes on from there
+    list(source.score([Pattern(8, False, (2, 6))], 0))
+    assert source.work.run == 2 + 2 * 2  # layers 5 and 7 in place of 6 and 7
+    list(source.score([Pattern(8, False, (2, 6))], 1))
+    assert source.work.run == 2 + 2 * 2 + 2 * 6  # other tokens share nothing
+
+
+@pytest.mark.parametrize("sub_blocks", [False, True])
+def test_losses_are_the_same_however_little_memory_prefixes_get(
+    eight_layers: Llama, stages: tuple[Tensor, ...], sub_blocks: bool
+) -> None:
+    """Without any, every pattern runs whole; with room for three states, some do; never is a number changed."""
+    patterns = list(dict.fromkeys(drawn(Space(8, 3, sub_blocks), 30)))[:12]
+    state = stages[0].numel() * eight_layers.config.hidden_size * 4  # bytes
+    run = []
+    for limit in (0, 3 * state, 2**30):
+        source = ModelLosses(eight_layers, stages, prefix_bytes=limit)
+        for part in (patterns[:6], patterns[6:]):
+            found = dict(source.score(part, 0))
+            assert [found[i] for i in range(6)] == plain_losses(eight_layers, stages[0], part)
+        run.append(source.work.run)
+    assert sum(sum(p.path) for p in patterns) == run[0] > run[1] > run[2]
+
+
 class Counting:
     """A source that knows how often it was asked for every pattern and stage."""
 
