@@ -48,9 +48,9 @@ def chosen_bundle(
 
 def price(config: Any, width: int) -> float:
     """Joules of the workload on the cpu profile with so many channels in every layer."""
-    from eopc_compiler.assemble import Storage
     from eopc_compiler.dialects import DIALECTS
     from eopc_compiler.ladder import Mask
+    from eopc_compiler.storage import Storage
 
     storage = Storage.choose("fp32", "float32", DIALECTS["native"], {64}, 4)
     mask = Mask(tuple(replace(d, intermediate_size=width) for d in config.layers))

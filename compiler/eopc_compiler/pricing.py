@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from eopc_compiler.assemble import Storage
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.selector import Selector
 from eopc_compiler.state import CompileState
+from eopc_compiler.storage import Storage
 from eopc_compiler.token_selector import PromptPath
 from eopc_runtime.cpu_features import int8_products_overflow
 from eopc_runtime.prior import prior_energy, prior_table

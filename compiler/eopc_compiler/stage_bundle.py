@@ -18,10 +18,10 @@ from typing import Any, cast
 
 import torch
 
-from eopc_compiler.assemble import load_prompt_pass, load_selector, load_tier
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.importance import Report
 from eopc_compiler.ladder import keep_shares, mask_to_json, parameter_count, tier_config
+from eopc_compiler.load_tiers import load_prompt_pass, load_selector, load_tier
 from eopc_compiler.parity import PROMPT, STEPS, Reference, check_parity
 from eopc_compiler.planner import TierPlan, dual
 from eopc_compiler.pricing import plan_energy

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from eopc_compiler.assemble import Storage
 from eopc_compiler.cache import StageCache
 from eopc_compiler.calibration import CalibrationSet, CalibSelect
 from eopc_compiler.checkpoint import Checkpoint
@@ -18,6 +17,7 @@ from eopc_compiler.extras import TierExtras
 from eopc_compiler.importance import Observations, Report
 from eopc_compiler.ladder import UnitOrder
 from eopc_compiler.planner import TierPlan
+from eopc_compiler.storage import Storage
 from eopc_runtime.profiles import DeviceProfile
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eopc_compiler.assemble import Storage, load_tier, write_weights
+from eopc_compiler.assemble import write_weights
 from eopc_compiler.calibration import CalibrationSet
 from eopc_compiler.cut import cut_weights
 from eopc_compiler.export import WeightTable
@@ -19,11 +19,13 @@ from eopc_compiler.extras import EXTRAS_SHARE, own_matrices, rounding
 from eopc_compiler.handover import Met, Repaired, repair_tier, walk
 from eopc_compiler.importance import Report
 from eopc_compiler.ladder import Mask, full_mask
+from eopc_compiler.load_tiers import load_tier
 from eopc_compiler.model import Llama, build_model
 from eopc_compiler.selector import Selector
 from eopc_compiler.selector_fit import FittedChannels, fit_selector
 from eopc_compiler.sequences import mean_loss
 from eopc_compiler.state import CompileState
+from eopc_compiler.storage import Storage
 from eopc_compiler.token_fit import fit_token_scorers
 from eopc_compiler.token_selector import PromptPath, PrunedPrompt
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader

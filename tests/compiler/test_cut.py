@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eopc_compiler.assemble import Storage, write_weights
+from eopc_compiler.assemble import write_weights
 from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.cut import cut_weights
@@ -17,6 +17,7 @@ from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.importance import observe
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.model import build_model
+from eopc_compiler.storage import Storage
 from eopc_compiler.weights import WeightReader
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]

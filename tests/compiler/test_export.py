@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from eopc_compiler import export as export_module
-from eopc_compiler.assemble import Storage, load_tier, write_weights
+from eopc_compiler.assemble import write_weights
 from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.export import WeightTable, export_tier
 from eopc_compiler.importance import observe
 from eopc_compiler.ladder import Mask, full_mask, tier_config
+from eopc_compiler.load_tiers import load_tier
 from eopc_compiler.model import Cache, Llama, Projection, build_model, causal_mask
 from eopc_compiler.parity import without_rounded_inputs
+from eopc_compiler.storage import Storage
 from eopc_compiler.tracing import Target, trace
 from eopc_compiler.weights import WeightReader
 from eopc_runtime.cpu_features import int8_products_overflow

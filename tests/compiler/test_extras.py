@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eopc_compiler.assemble import Storage, load_tier, write_weights
+from eopc_compiler.assemble import write_weights
 from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import DIALECTS
@@ -21,8 +21,10 @@ from eopc_compiler.extras import TierExtras, own_matrices, rounding
 from eopc_compiler.handover import repair_tier
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask, UnitOrder, full_mask, tier_config
+from eopc_compiler.load_tiers import load_tier
 from eopc_compiler.model import Llama, causal_mask
 from eopc_compiler.quantize import Quantized
+from eopc_compiler.storage import Storage
 from eopc_compiler.tracing import Target
 from eopc_compiler.weights import ALIGNMENT, WeightReader
 

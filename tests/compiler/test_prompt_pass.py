@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eopc_compiler import sequences
-from eopc_compiler.assemble import Storage, load_prompt_pass, write_weights
+from eopc_compiler.assemble import write_weights
 from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import DIALECTS
@@ -20,6 +20,7 @@ from eopc_compiler.extras import TierExtras
 from eopc_compiler.handover import ContinuationLoss, inherited, repair_tier
 from eopc_compiler.importance import observe
 from eopc_compiler.ladder import Mask, full_mask
+from eopc_compiler.load_tiers import load_prompt_pass
 from eopc_compiler.model import Cache, Llama, Projection, build_model, causal_mask
 from eopc_compiler.parity import without_rounded_inputs
 from eopc_compiler.prefill_ablation import (
@@ -32,6 +33,7 @@ from eopc_compiler.prefill_ablation import (
 from eopc_compiler.prompt_cache import PromptCache
 from eopc_compiler.prompt_pass import PromptPass
 from eopc_compiler.sequences import attention_received, run_blocks, run_layer
+from eopc_compiler.storage import Storage
 from eopc_compiler.token_selector import PromptPath, PrunedPrompt
 from eopc_compiler.tracing import Target
 from eopc_compiler.weights import WeightReader

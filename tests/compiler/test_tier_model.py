@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from eopc_compiler.assemble import Storage, load_tier, write_weights
+from eopc_compiler.assemble import write_weights
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.ladder import Mask, UnitOrder, full_mask, tier_config
+from eopc_compiler.load_tiers import load_tier
 from eopc_compiler.model import build_model
+from eopc_compiler.storage import Storage
 from eopc_compiler.tier_model import tier_view
 from eopc_compiler.weights import WeightReader
 

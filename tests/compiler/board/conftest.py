@@ -15,12 +15,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from eopc_compiler.assemble import Storage, write_weights
+from eopc_compiler.assemble import write_weights
 from eopc_compiler.config import LayerDims
 from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.export import export_prompt_pass, export_tier
 from eopc_compiler.extras import EXTRAS_FILE, TierExtras
 from eopc_compiler.ladder import Mask, UnitOrder, full_mask, mask_to_json, tier_config
+from eopc_compiler.storage import Storage
 from eopc_compiler.token_selector import PromptPath, PrunedPrompt
 from eopc_compiler.tracing import Target
 from eopc_compiler.weights import WeightReader
