@@ -11,7 +11,7 @@ nor the search has seen, each kind planned for the same joules of the same workl
     pruned       the same behind prompts that skip layers (--prefill-depth auto), where that frees enough joules
     chosen       t0 runs the prompt, which chooses a part of the FFN channels of the answer (--selectors on)
 
-The lowest of a budget is marked. Calibration is the built-in text, as in `eopc build`.
+The lowest of a budget is marked. Calibrated on the built-in text, as in `eopc build`, unless told otherwise.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from corpora import evaluation_windows
 from ladder import DOMAINS, add_options, build_args, start, throughout
 
 from eopc_compiler.calibration import Batch
-from eopc_compiler.handover import ContinuationLoss, repair_tier
+from eopc_compiler.handover import ContinuationLoss
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.model import Llama
 from eopc_compiler.planner import TierPlan, shrink_to_budget
@@ -35,6 +35,7 @@ from eopc_compiler.selector_fit import domain_means, selected_losses
 from eopc_compiler.stage_plan import plan_tiers
 from eopc_compiler.state import CompileState, Workload
 from eopc_compiler.stored_model import deployed_model, fit, pruned_prompt, repair
+from eopc_compiler.tier_repair import repair_tier
 from eopc_compiler.token_selector import PromptPath
 from eopc_runtime.units import format_energy
 
@@ -88,7 +89,7 @@ class Judge:
         pruned = pruned_prompt(self.state, self.state.storage, path, lambda: self.model)
         behind = ContinuationLoss(self.model, self.text, self.prompt, pruned)
         whole = tier.mask == full_mask(self.state.config)
-        repaired = None if whole else repair(self.state, self.model, tier.mask, pruned=pruned)[0]
+        repaired = None if whole else repair(self.state, self.model, [tier.mask], pruned=pruned)[0][0]
         losses = behind.of_mask(tier.mask) if repaired is None else behind.of_tier(repaired, tier.mask)
         return self.entry(kind, tier.energy_j, losses)
 
@@ -134,7 +135,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     workload = Workload(*map(int, options.workload.split(":")))
     args = replace(build_args(options), workload=workload, selectors="off")
-    state = start(args)
+    state = start(args, options)
     assert state.checkpoint and state.storage
     kinds = {"pruned": replace(args, prefill_depth="auto"), "chosen": replace(args, selectors="on")}
     plans = {"static": state.plan} | {k: plan_tiers(replace(state, args=a)).plan for k, a in kinds.items()}

@@ -11,7 +11,8 @@ on documents that neither calibration nor the search has seen, all at predicted 
     depth, width, uniform   only layers / only FFN and KV units by their curves / the same share everywhere, repaired
     independent  the same search without nesting, every matrix its own
 
-Calibration is the built-in text, as in `eopc build`.
+Calibrated on the built-in text, as in `eopc build`, or with --calibrate corpora on other documents of the same three
+corpora, as much text of each.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from pathlib import Path
 
 import click
 import torch
-from corpora import add_corpora_option, evaluation_windows
+from corpora import add_corpora_option, calibration_set, evaluation_windows
 
 from eopc_compiler.cache import StageCache
-from eopc_compiler.calibration import Batch
-from eopc_compiler.handover import ContinuationLoss, apply_repair, repair_tier
+from eopc_compiler.calibration import Batch, CalibrationSet, Split
+from eopc_compiler.handover import ContinuationLoss
 from eopc_compiler.ladder import Mask, full_mask, keep_shares
 from eopc_compiler.model import Llama
 from eopc_compiler.pipeline import (
@@ -46,6 +47,7 @@ from eopc_compiler.stage_plan import plan_tiers
 from eopc_compiler.state import BuildArgs, CompileState
 from eopc_compiler.stored_model import deployed_model, repair
 from eopc_compiler.tier_model import tier_view
+from eopc_compiler.tier_repair import apply_repair, repair_tier
 from eopc_runtime.profiles import load_profile
 from eopc_runtime.units import format_energy, parse_budgets
 
@@ -58,7 +60,7 @@ def main() -> None:
     add_options(parser, budgets="9,7,5J", windows=24)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    state = start(build_args(options))
+    state = start(build_args(options), options)
     assert state.checkpoint and state.storage
     model = deployed_model(state, state.storage)
     text = evaluation_windows(state.checkpoint.tokenizer(), options.corpora, DOMAINS, options.windows, LENGTH)
@@ -83,6 +85,7 @@ def add_options(parser: argparse.ArgumentParser, budgets: str, windows: int) -> 
     parser.add_argument("--search-seconds", type=float, default=40.0)
     parser.add_argument("--windows", type=int, default=windows, help=f"of evaluation, per domain [{windows}]")
     parser.add_argument("--work", type=Path, help="keeps stages between runs")
+    parser.add_argument("--calibrate", choices=["built-in", "corpora"], default="built-in", help="text [built-in]")
 
 
 def build_args(options: argparse.Namespace) -> BuildArgs:
@@ -98,10 +101,25 @@ def build_args(options: argparse.Namespace) -> BuildArgs:
     )
 
 
-def start(args: BuildArgs) -> CompileState:
+def start(args: BuildArgs, options: argparse.Namespace) -> CompileState:
     """A build up to its plan, stages kept beside its output."""
     cache = StageCache(args.output.parent / ".work", True)
-    return run_passes(CompileState(args, cache, load_profile(args.device), click.echo, lambda _text: None), PASSES)
+    state = CompileState(args, cache, load_profile(args.device), click.echo, lambda _text: None)
+    if options.calibrate == "built-in":
+        return run_passes(state, PASSES)
+
+    def read_corpora(state: CompileState) -> CompileState:
+        """In the place of `read_calibration`: windows of the corpora, from its three splits."""
+        assert state.checkpoint
+        tokenizer, length, count = state.checkpoint.tokenizer(), args.calibration_length, args.calibration_windows
+
+        def windows(split: Split, most: int) -> CalibrationSet:
+            return calibration_set(tokenizer, options.corpora, DOMAINS, most * length, length, args.seed, split)
+
+        found = {"selection": windows("selection", max(2, count // 4)), "heldout": windows("heldout", 2)}
+        return replace(state, calibration=windows("calibration", count), **found)
+
+    return run_passes(state, tuple(read_corpora if step is read_calibration else step for step in PASSES))
 
 
 def variants(
@@ -116,7 +134,7 @@ def variants(
         return plan_energy(state, candidate, storage)
 
     def shipped(candidate: Mask) -> dict[int, float]:
-        return held_out.of_tier(repair(state, model, candidate)[0], candidate)
+        return held_out.of_tier(repair(state, model, [candidate])[0][0], candidate)
 
     full = full_mask(state.config)
     deep = Mask(tuple(full.layers[d.source_layer] for d in mask.layers))
@@ -139,7 +157,7 @@ def variants(
             rows.append((name, candidate, shipped(candidate)))
     free = replace(state, args=replace(state.args, budgets_j=(budget_j,), independent=True))
     own = plan_tiers(free).plan[-1].mask
-    rows.append(("independent", own, held_out.of_tier(repair(free, model, own)[0], own)))
+    rows.append(("independent", own, held_out.of_tier(repair(free, model, [own])[0][0], own)))
     return rows
 
 

@@ -43,6 +43,7 @@ from eopc_compiler.stored_model import (
     stored_weights,
 )
 from eopc_compiler.tier_graphs import tier_path, write_graphs
+from eopc_compiler.tier_repair import Repaired
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
 from eopc_runtime import __version__
 from eopc_runtime.errors import DeviceError, UsageError
@@ -240,6 +241,17 @@ def repair_tiers(state: CompileState) -> CompileState:
     assert state.storage and state.table and state.weights
     storage, weights = state.storage, state.weights
     model = lru_cache(lambda: deployed_model(state, storage))  # once, and only if some tier is not in the cache
+
+    @lru_cache
+    def repaired(prefill: int) -> dict[int, tuple[Repaired, ...]]:
+        """What all static tiers behind one prefill tier have of their own: the whole model runs once for them."""
+        static = {i: t.mask for i, t in enumerate(state.plan) if i and t.prefill == prefill and not t.fills}
+        names = ", ".join(f"t{i}" for i in static)
+        state.say(f"repairing {names} on the cache inherited from t{prefill}")
+        pruned = pruned_prompt(state, storage, state.plan[prefill].prompt, model)
+        found = repair(state, model(), list(static.values()), None, state.counter(f"repairing {names}"), pruned)
+        return {i: own for i, (_, own) in zip(static, found, strict=True)}
+
     extras: list[TierExtras] = [TierExtras.none()]
     for index, tier in enumerate(state.plan[1:], start=1):
         name = tier_path(index, EXTRAS_FILE)
@@ -256,24 +268,22 @@ def repair_tiers(state: CompileState) -> CompileState:
 
         def produce(path: Path, tier: TierPlan = tier, name: str = name, index: int = index) -> None:
             path.mkdir()
-            report = state.counter(f"repairing t{index}")
-            pruned = pruned_prompt(state, storage, state.plan[tier.prefill].prompt, model)
             if tier.prompt is not None:
+                pruned, config = pruned_prompt(state, storage, tier.prompt, model), tier_config(state.config, tier.mask)
                 assert state.table and pruned
-                config = tier_config(state.config, tier.mask)
                 TierExtras.write_prompt(path, name, state.table, WeightReader(weights), config, pruned)
             elif tier.selector is not None:
+                state.say(f"fitting the channels of t{index}")
+                report = state.counter(f"fitting t{index}")
                 trained = read_scorers(state.scorers[index]) if index in state.scorers else None
                 fitted = fit(state, model(), trained.start if trained else tier.selector, report=report)
                 if trained:
                     fitted = with_scorers(fitted, trained.scorers)
                 TierExtras.write_selector(path, name, model(), tier.selector, fitted, storage)
             else:
-                TierExtras.write(path, name, repair(state, model(), tier.mask, None, report, pruned)[1], storage)
+                TierExtras.write(path, name, repaired(tier.prefill)[index], storage)
             release_memory()
 
-        if tier.prompt is None:
-            state.say(f"repairing t{index} of t1..t{len(state.plan) - 1} on the cache it inherits from t{tier.prefill}")
         extras.append(TierExtras.read(state.cache.get(f"extras-t{index}", inputs, "", produce), name))
     totals = Counter(state.bytes_by_type)
     for own in extras:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from eopc_compiler.calibration import Batch
-from eopc_compiler.handover import Round
 from eopc_compiler.model import Block, Llama
 from eopc_compiler.prompt_cache import PromptCache
 from eopc_compiler.quantize import Quantized
 from eopc_compiler.selector import PRIOR_TOKENS, Selector, first_of, utility
 from eopc_compiler.sequences import Past, add_attention, ffn_inputs, next_token_losses
 from eopc_compiler.surgery import repair, sum_moments
+from eopc_compiler.tier_repair import Round
 
 # Of the ridge, as surgery.RIDGE_TOKENS: choices that differ from prompt to prompt make covariances noisier.
 RIDGE_TOKENS = 9000

@@ -63,7 +63,7 @@ def plan_tiers(state: CompileState) -> CompileState:
 
         def repaired(losses: ContinuationLoss, mask: Mask, walked: tuple[Met, ...] | None = None) -> float:
             count = state.counter("repairing a candidate")
-            tier, _ = repair(state, model, mask, FINALIST_WINDOWS, count, losses.pruned, walked)
+            ((tier, _),) = repair(state, model, [mask], FINALIST_WINDOWS, count, losses.pruned, walked)
             return mean(losses.of_tier(tier, mask).values())
 
         def measured(mask: Mask) -> float:

@@ -16,7 +16,7 @@ from eopc_compiler.calibration import CalibrationSet
 from eopc_compiler.cut import cut_weights
 from eopc_compiler.export import WeightTable
 from eopc_compiler.extras import EXTRAS_SHARE, own_matrices, rounding
-from eopc_compiler.handover import Met, Repaired, repair_tier, walk
+from eopc_compiler.handover import Met, walk
 from eopc_compiler.importance import Report
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.load_tiers import load_tier
@@ -26,6 +26,7 @@ from eopc_compiler.selector_fit import FittedChannels, fit_selector
 from eopc_compiler.sequences import mean_loss
 from eopc_compiler.state import CompileState
 from eopc_compiler.storage import Storage
+from eopc_compiler.tier_repair import RepairedTier, repair_tiers
 from eopc_compiler.token_fit import fit_token_scorers
 from eopc_compiler.token_selector import PromptPath, PrunedPrompt
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
@@ -108,25 +109,25 @@ def rounding_text(calibration: CalibrationSet) -> list[Tensor]:
 def repair(
     state: CompileState,
     model: Llama,
-    mask: Mask,
+    masks: Sequence[Mask],
     most: int | None = None,
     report: Report | None = None,
     pruned: PrunedPrompt | None = None,
     walked: Sequence[Met] | None = None,
-) -> tuple[Llama, tuple[Repaired, ...]]:
-    """A tier repaired on the calibration text, within its share of bytes of its own.
+) -> list[RepairedTier]:
+    """Tiers repaired on the calibration text, each within its share of bytes of its own.
 
     Args:
         most: windows of a domain; None for all.
-        pruned: how prompts run in the plan it is repaired for; None for through all layers.
+        pruned: how prompts run in the plan they are repaired for; None for through all layers.
         walked: what `calibration_walk` gives for as many windows, where prompts run through all layers.
     """
     assert state.calibration and state.storage and state.observations
-    storage, config = state.storage, state.config
+    storage, config, curves = state.storage, state.config, state.observations.curves
     limit = None if state.args.independent else EXTRAS_SHARE / max(1, len(state.args.budgets_j))
-    own = own_matrices(config, mask, state.observations.curves, storage, limit)
+    jobs = [(mask, own_matrices(config, mask, curves, storage, limit)) for mask in masks]
     text = state.calibration.batches(most=most)
-    return repair_tier(model, mask, text, state.args.prompt_part, own, rounding(storage), report, pruned, walked)
+    return repair_tiers(model, jobs, text, state.args.prompt_part, rounding(storage), report, pruned, walked)
 
 
 def calibration_walk(state: CompileState, model: Llama, most: int) -> tuple[Met, ...]:

@@ -18,13 +18,13 @@ from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.export import export_tier
 from eopc_compiler.extras import TierExtras, own_matrices, rounding
-from eopc_compiler.handover import repair_tier
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask, UnitOrder, full_mask, tier_config
 from eopc_compiler.load_tiers import load_tier
 from eopc_compiler.model import Llama, causal_mask
 from eopc_compiler.quantize import Quantized
 from eopc_compiler.storage import Storage
+from eopc_compiler.tier_repair import repair_tier
 from eopc_compiler.tracing import Target
 from eopc_compiler.weights import ALIGNMENT, WeightReader
 

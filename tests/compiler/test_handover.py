@@ -11,21 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eopc_compiler import handover
+from eopc_compiler import tier_repair
 from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims, LlamaConfig
-from eopc_compiler.handover import (
-    ContinuationLoss,
-    apply_repair,
-    needs_repair,
-    next_source,
-    repair_tier,
-)
+from eopc_compiler.handover import ContinuationLoss
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.model import Cache, Llama, build_model
 from eopc_compiler.quantize import Quantized, round_to_nearest
 from eopc_compiler.sequences import mean_loss
 from eopc_compiler.tier_model import tier_view
+from eopc_compiler.tier_repair import apply_repair, needs_repair, next_source, repair_tier, repair_tiers
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
 LENGTH, PROMPT = 32, 12
@@ -136,7 +131,7 @@ def test_layers_that_were_cut_or_stand_before_a_gap_need_repair(make_tiny: MakeT
 
 def test_twins_that_go_are_made_up_for_exactly(make_tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a ridge to speak of, half of the channels go and the tier computes what the whole model does."""
-    monkeypatch.setattr(handover, "repair", partial(handover.repair, damping=1e-6))
+    monkeypatch.setattr(tier_repair, "repair", partial(tier_repair.repair, damping=1e-6))
     model = deployed(make_tiny, twins=True)
     batches = batches_of(sampled(model, 48, 3))
     losses = ContinuationLoss(model, batches, PROMPT)
@@ -212,4 +207,18 @@ def test_what_was_repaired_can_be_put_into_a_fresh_view(make_tiny: MakeTiny) -> 
     again = apply_repair(tier_view(model, GAP), GAP, repaired)
     assert torch.equal(again.score(tokens), tier.score(tokens))
     assert torch.equal(model.score(tokens), want)
-    assert heard == [(1, 2), (2, 2)]
+    assert heard == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_tiers_repaired_together_are_as_each_would_be_alone(make_tiny: MakeTiny) -> None:
+    """One walk of the whole model serves tiers with gaps in other places, to the last bit."""
+    model, batches = deployed(make_tiny), random_windows(8)
+    jobs = [(GAP, {0}), (HALVED, {0, 2}), (full_mask(model.config), {0})]
+    together = repair_tiers(model, jobs, batches, PROMPT)
+    for (mask, own), (_, repaired) in zip(jobs, together, strict=True):
+        alone = repair_tier(model, mask, batches, PROMPT, own)[1]
+        assert [r.source_layer for r in repaired] == [r.source_layer for r in alone]
+        for ours, theirs in zip(repaired, alone, strict=True):
+            assert torch.equal(ours.bias, theirs.bias)
+            assert (ours.weight is None) == (theirs.weight is None)
+            assert ours.weight is None or torch.equal(ours.weight, theirs.weight)

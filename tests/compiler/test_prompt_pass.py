@@ -17,7 +17,7 @@ from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.export import export_prompt_pass
 from eopc_compiler.extras import TierExtras
-from eopc_compiler.handover import ContinuationLoss, inherited, repair_tier
+from eopc_compiler.handover import ContinuationLoss, inherited
 from eopc_compiler.importance import observe
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.load_tiers import load_prompt_pass
@@ -34,6 +34,7 @@ from eopc_compiler.prompt_cache import PromptCache
 from eopc_compiler.prompt_pass import PromptPass
 from eopc_compiler.sequences import attention_received, run_blocks, run_layer
 from eopc_compiler.storage import Storage
+from eopc_compiler.tier_repair import repair_tier
 from eopc_compiler.token_selector import PromptPath, PrunedPrompt
 from eopc_compiler.tracing import Target
 from eopc_compiler.weights import WeightReader
