@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,6 @@ from click.testing import CliRunner
 
 pytest.importorskip("torch", reason="the compiler extra is not installed")
 
-from eopc_compiler import pricing
 from eopc_compiler.build import build
 from eopc_runtime.bundle import Bundle
 from eopc_runtime.cli.main import cli
@@ -312,19 +312,27 @@ def test_8_bit_floats_are_for_devices_that_multiply_them(
         build(replace(args, device="orin", output=tmp_path / "orin.eopc"))
 
 
-def test_cpus_whose_int8_products_overflow_get_what_they_can_multiply(
+def test_codes_that_never_overflow_run_as_codes_and_others_in_floating_point_where_they_would(
     build_settings: Settings, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Built there, inputs are not rounded; built elsewhere, it runs in floating point there, and a note says so."""
-    roots = {}
-    for overflow in (False, True):
-        monkeypatch.setattr(pricing, "int8_products_overflow", lambda overflow=overflow: overflow)
-        roots[overflow] = tmp_path / f"{overflow}.eopc"
-        build(build_settings(tiny_checkpoint, roots[overflow], precision=("int8",), budgets_j=(1000.0,)))
-    graphs = {o: (root / "tiers/t0/model.onnx").read_bytes() for o, root in roots.items()}
-    assert {o: ort_runner.rounds_inputs(graph) for o, graph in graphs.items()} == {False: True, True: False}
+    """A bundle whose manifest does not say so may hold larger codes: on a CPU without VNNI a note says how it runs."""
+    onnx = pytest.importorskip("onnx")
+    root = tmp_path / "cpu.eopc"
+    build(build_settings(tiny_checkpoint, root, precision=("int8",), budgets_j=(1000.0,)))
+    model = onnx.load(str(root / "tiers/t0/model.onnx"), load_external_data=False)
+    onnx.external_data_helper.load_external_data_for_model(model, str(root))
+    matrices = [t for t in model.graph.initializer if len(t.dims) == 2]
+    reads_codes = [t for t in matrices if re.search(r"(qkv|gate|up)_proj.*data", t.name)]
+    assert len(reads_codes) >= 3
+    for codes in (onnx.numpy_helper.to_array(t).astype(int) for t in reads_codes):
+        assert np.abs(codes).max() > 64 >= np.abs(codes[::2] + codes[1::2]).max() / 2
+    manifest = root / "manifest.json"
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    assert content["exact_products"]
     monkeypatch.setattr(ort_runner, "int8_products_overflow", lambda: True)
-    for overflow, notes in ((False, (NO_VNNI,)), (True, ())):
-        with Session.open(roots[overflow]) as session:
+    for notes in ((), (NO_VNNI,)):
+        with Session.open(root, verify=False) as session:
             assert session.generate("abc", max_new_tokens=2).completion_tokens >= 1
             assert session.notes == notes
+        content.pop("exact_products", None)
+        manifest.write_text(json.dumps(content), encoding="utf-8")

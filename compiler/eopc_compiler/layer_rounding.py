@@ -54,7 +54,7 @@ class LayerRounding:
             for name, module, (codes, scales) in zip(names, modules, parts, strict=True):
                 found[name] = replace(joined, codes=codes, scales=scales)
                 module.weight.data = found[name].dequantize()
-                module.input_scale, module.input_grid = joined.input_scale, joined.grid
+                module.input_scale, module.input_grid = joined.input_scale, joined.stored
 
         normed = [layer.input_layernorm(x) for x in self._hidden]
         fit(normed, "self_attn.qkv_proj")
@@ -77,8 +77,9 @@ class LayerRounding:
         grid = storage.grid_of(name, layer)
         assert grid is not None
         dtype, rows = getattr(torch, storage.dtype), [x.flatten(0, 1) for x in inputs]
-        scale = static_scale(rows, dtype, grid) if storage.has_static_inputs(name, layer) else None
-        return replace(gptq(weight, _gram(rows), grid, storage.block_of(name, layer), dtype), input_scale=scale)
+        rounded = gptq(weight, _gram(rows), grid, storage.block_of(name, layer), dtype)
+        static = storage.has_static_inputs(name, layer)
+        return replace(rounded, input_scale=static_scale(rows, dtype, rounded.stored) if static else None)
 
 
 def _gram(inputs: Sequence[Tensor]) -> Tensor:

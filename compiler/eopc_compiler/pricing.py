@@ -7,7 +7,6 @@ from eopc_compiler.selector import Selector
 from eopc_compiler.state import CompileState
 from eopc_compiler.storage import Storage
 from eopc_compiler.token_selector import PromptPath
-from eopc_runtime.cpu_features import int8_products_overflow
 from eopc_runtime.prior import prior_energy, prior_table
 
 
@@ -19,8 +18,6 @@ def storage_for(state: CompileState, precision: str) -> Storage:
     widths = {config.hidden_size, config.query_group_size * config.head_dim, state.align, *q_widths}
     profile, layers = state.profile, len(config.layers)
     static_inputs = profile.precision(precision).static_inputs
-    if precision != "fp8":  # then only the CPU's profile has them, and its bundles are built where they run
-        static_inputs = static_inputs and not int8_products_overflow()
     return Storage.choose(precision, profile.compute_dtype, state.dialect, widths, layers, static_inputs)
 
 

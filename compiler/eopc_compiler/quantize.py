@@ -1,9 +1,14 @@
 """Symmetric quantisation of deployment-form matrices [in, out], by rounding or error-compensated (GPTQ).
 
-Codes are numbers of a grid: int8, int4 (int8 in memory, in [-8, 7], packed two to a byte when written), or 8-bit floats
-with four bits of exponent (E4M3 without infinities, arXiv 2209.05433). One scale serves `block` consecutive inputs of
-one output (DequantizeLinear with block_size along axis 0), or, with block None, all inputs of one output (per channel:
-for opsets below 21, and where the inputs are codes too).
+Codes are numbers of a grid: int8, int8 in pairs, int4 (int8 in memory, in [-8, 7], packed two to a byte when written),
+or 8-bit floats with four bits of exponent (E4M3 without infinities, arXiv 2209.05433). One scale serves
+`block` consecutive inputs of one output (DequantizeLinear with block_size along axis 0), or, with block None, all
+inputs of one output (per channel: for opsets below 21, and where the inputs are codes too).
+
+Pairs: where inputs are int8 codes as well, x86 without VNNI multiplies them, shifted to 0..255, by the codes of two
+neighbouring inputs and adds the two products in 16 bits, signed (vpmaddubsw). They fit whatever the inputs are if the
+two codes add up to at most 128 in magnitude: 128 x 255 < 2^15. That costs next to nothing, as weights are rarely large
+side by side, and makes such products exact on every CPU.
 
 GPTQ: Frantar et al., arXiv 2210.17323: quantise one input row at a time and spread its rounding error over the rows not
 yet quantised, through the inverse Hessian X Xᵀ of the calibration inputs.
@@ -22,37 +27,50 @@ BLOCK_CHOICES = (64, 32, 16)
 GPTQ_DAMPING = 0.05  # of the Hessian's mean diagonal; the published 0.01 fits short calibration text too closely
 LAZY_ROWS = 64  # rows whose updates to the rest of the matrix are applied at once
 STATIC_QUANTILE = 0.99
-CLIP_CHOICES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
     """The numbers that codes stand for before they are scaled: from `low` to `high`, whole ones where `dtype` is."""
 
-    bits: int
+    bits: int  # of a stored code
     low: float
     high: float
     dtype: torch.dtype  # of codes in memory
+    stored: str  # the type of codes in a file
+    pair_limit: int | None = None  # what two neighbouring codes of an output may add up to, in magnitude
 
     def nearest(self, values: Tensor) -> Tensor:
         """The nearest number of the grid to every value, ties to even, fp32."""
         clamped = values.clamp(self.low, self.high)
         return clamped.round() if self.dtype == torch.int8 else clamped.to(self.dtype).float()
 
+    def beside(self, values: Tensor, neighbour: Tensor) -> Tensor:
+        """The same for the second of a pair, whose first number is the neighbour."""
+        if self.pair_limit is None:
+            return self.nearest(values)
+        low, high = -self.pair_limit - neighbour.clamp(max=0), self.pair_limit - neighbour.clamp(min=0)
+        return torch.minimum(torch.maximum(self.nearest(values), low), high)
+
 
 FP8 = "float8_e4m3fn"
+PAIRED = "int8 in pairs"
 GRIDS = {
-    "int8": Grid(8, -127, 127, torch.int8),
-    "int4": Grid(4, -8, 7, torch.int8),
-    FP8: Grid(8, -448, 448, torch.float8_e4m3fn),
+    "int8": Grid(8, -127, 127, torch.int8, "int8"),
+    PAIRED: Grid(8, -127, 127, torch.int8, "int8", pair_limit=128),
+    "int4": Grid(4, -8, 7, torch.int8, "int4"),
+    FP8: Grid(8, -448, 448, torch.float8_e4m3fn, FP8),
 }
+
+
+SCALE_CHOICES = {"int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75), PAIRED: (1.0, 1.1, 1.25, 1.5, 2.0)}  # of the full scale
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
     """codes [in, out] of a grid; scales [in / block, out], or [out] where one scale serves a whole column.
 
-    With an input scale, the matrix multiplies inputs rounded to codes of the same grid and that scale (static
+    With an input scale, the matrix multiplies inputs rounded to codes of the same stored type and that scale (static
     quantisation).
     """
 
@@ -61,6 +79,11 @@ class Quantized:
     grid: str  # a key of GRIDS
     block: int | None
     input_scale: float | None = None
+
+    @property
+    def stored(self) -> str:
+        """The type of the codes in a file, and of those of the inputs if they are rounded too."""
+        return GRIDS[self.grid].stored
 
     def dequantize(self) -> Tensor:
         """The matrix [in, out] that these codes stand for, fp32."""
@@ -102,8 +125,16 @@ def round_to_nearest(weight: Tensor, grid: str, block: int | None, scale_dtype: 
     """Quantise [in, out] by rounding each element to the nearest code."""
     scales = block_scales(weight, grid, block).to(scale_dtype)
     spread = scales.float() if block is None else scales.float().repeat_interleave(block, 0)
-    codes = GRIDS[grid].nearest(weight / spread).to(GRIDS[grid].dtype)
+    codes = _nearest(weight / spread, GRIDS[grid]).to(GRIDS[grid].dtype)
     return Quantized(codes, scales, grid, block)
+
+
+def _nearest(values: Tensor, grid: Grid) -> Tensor:
+    """The nearest numbers of a grid to [in, out], pairs of rows included."""
+    found = grid.nearest(values)
+    even = len(values) // 2 * 2
+    found[1:even:2] = grid.beside(values[1:even:2], found[:even:2])
+    return found
 
 
 def block_scales(weight: Tensor, grid: str, block: int | None) -> Tensor:
@@ -139,40 +170,39 @@ def gptq(weight: Tensor, hessian: Tensor, grid: str, block: int | None, scale_dt
     hessian.diagonal().add_(GPTQ_DAMPING * typical)
     importance = hessian.diagonal().float()
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
-    nearest = GRIDS[grid].nearest
-    codes = torch.empty_like(work, dtype=GRIDS[grid].dtype)
-    columns = block_scales(weight, grid, None).to(scale_dtype)
-    scales = []
-    step = block or LAZY_ROWS
+    numbers = GRIDS[grid]
+    codes, code = torch.empty_like(work, dtype=numbers.dtype), torch.zeros(weight.shape[1])
+    scales = [] if block else [search_scales(weight, grid, importance).to(scale_dtype)]
+    step = block or LAZY_ROWS  # even: no pair is cut
     for start in range(0, rows, step):
         end = min(start + step, rows)
         chunk, errors = work[start:end].clone(), torch.empty(end - start, work.shape[1])
         if block:
             scales.append(search_scales(chunk, grid, importance[start:end]).to(scale_dtype))
-        scale = (scales[-1] if block else columns).float()
+        scale = scales[-1].float()
         for i in range(end - start):
             row, diagonal = chunk[i], factor[start + i, start + i]
-            code = nearest(row / scale)
+            code = numbers.beside(row / scale, code) if i % 2 else numbers.nearest(row / scale)
             codes[start + i] = code.to(codes.dtype)
             errors[i] = (row - code * scale) / diagonal
             chunk[i + 1 :] -= torch.outer(factor[start + i, start + i + 1 : end], errors[i])
         work[end:] -= factor[start:end, end:].t() @ errors
-    return Quantized(codes, torch.stack(scales) if block else columns, grid, block)
+    return Quantized(codes, torch.stack(scales) if block else scales[0], grid, block)
 
 
 def search_scales(chunk: Tensor, grid: str, importance: Tensor) -> Tensor:
-    """Scales [out] of one block of rows [block, out]: with 4 bits, clipping the extremes a little often pays.
+    """Scales [out] of rows [n, out]: clipping the extremes a little often pays, and so does room for pairs.
 
     Args:
-        importance: weight of each row's squared error, [block].
+        importance: weight of each row's squared error, [n].
     """
     full = block_scales(chunk, grid, None)
-    if grid != "int4":
+    if grid not in SCALE_CHOICES:
         return full
     best, best_error = full, torch.full_like(full, torch.inf)
-    for shrink in CLIP_CHOICES:
-        scale = full * shrink
-        rounded = GRIDS[grid].nearest(chunk / scale) * scale
+    for factor in SCALE_CHOICES[grid]:
+        scale = full * factor
+        rounded = _nearest(chunk / scale, GRIDS[grid]) * scale
         error = ((rounded - chunk).square_() * importance[:, None]).sum(0)
         better = error < best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)

@@ -274,6 +274,7 @@ def manifest(state: CompileState, root: Path, table: EnergyTable) -> Manifest:
             "sha256": state.calibration.fingerprint,
             "weight_bytes": state.bytes_by_type,
         },
+        exact_products=state.storage.exact_products,
     )
 
 

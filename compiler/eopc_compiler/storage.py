@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.dialects import Dialect
 from eopc_compiler.ladder import Mask, full_mask, prompt_cost, tier_cost
-from eopc_compiler.quantize import FP8, GRIDS, choose_block
+from eopc_compiler.quantize import FP8, GRIDS, PAIRED, choose_block
 from eopc_compiler.selector import Selector
 from eopc_compiler.token_selector import PromptPath
 from eopc_runtime.energy import TierCost
@@ -60,11 +60,15 @@ class Storage:
     def grid_of(self, name: str, layer: int) -> str | None:
         """The same of a matrix of a source layer: under int4 the matrices that lose most by it stay int8."""
         sensitive = layer in self.edge_layers or any(kind in name for kind in SENSITIVE_TO_INT4)
-        return "int8" if self.grid == "int4" and sensitive else self.grid
+        grid = "int8" if self.grid == "int4" and sensitive else self.grid
+        return PAIRED if grid == "int8" and self._reads_codes(name) else grid
 
     def has_static_inputs(self, name: str, layer: int) -> bool:
         """Whether a matrix of a source layer multiplies rounded inputs."""
-        return self.static_inputs and self.grid_of(name, layer) != "int4" and any(kind in name for kind in NORMED)
+        return self.grid_of(name, layer) in (PAIRED, FP8) and self._reads_codes(name)
+
+    def _reads_codes(self, name: str) -> bool:
+        return self.static_inputs and any(kind in name for kind in NORMED)
 
     def block_of(self, name: str, layer: int) -> int | None:
         """Inputs per scale of a matrix: products of codes are summed over a whole column before they are scaled."""
@@ -76,6 +80,11 @@ class Storage:
         if grid is None:
             return self.value_bytes
         return GRIDS[grid].bits / 8 + (self.value_bytes / block if block else 0.0)
+
+    @property
+    def exact_products(self) -> bool:
+        """Whether products of int8 codes by int8 codes are exact on every CPU."""
+        return self.static_inputs and self.grid in ("int8", "int4")
 
     @property
     def value_bytes(self) -> int:

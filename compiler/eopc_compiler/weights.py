@@ -26,7 +26,7 @@ ALIGNMENT = 64  # bytes; a cache line, and what vector loads want
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in weights.bin, or in a tier's own file: dtype is float32, float16, or a key of quantize.GRIDS."""
+    """A tensor in weights.bin, or in a tier's own file: dtype is float32, float16, or what a grid is stored as."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -136,14 +136,14 @@ class WeightWriter:
         """Write a matrix of which tiers keep a prefix of rows."""
         if isinstance(matrix, Tensor):
             return RowMatrix(self.tensor(matrix, dtype), None, None, rows_per_unit)
-        codes = self.tensor(matrix.codes, matrix.grid)
+        codes = self.tensor(matrix.codes, matrix.stored)
         scales = self.tensor(matrix.scales, _name(matrix.scales))
         return RowMatrix(codes, scales, matrix.block, rows_per_unit)
 
     def _piece(self, matrix: Tensor | Quantized, columns: slice, units: int, dtype: str) -> Piece:
         if isinstance(matrix, Tensor):
             return Piece(units, self.tensor(matrix[..., columns], dtype), None)
-        codes = self.tensor(matrix.codes[:, columns], matrix.grid)
+        codes = self.tensor(matrix.codes[:, columns], matrix.stored)
         return Piece(units, codes, self.tensor(matrix.scales[..., columns], _name(matrix.scales)))
 
 

@@ -106,7 +106,10 @@ class Bundle:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The content of manifest.json, schema 1."""
+    """The content of manifest.json, schema 1.
+
+    exact_products: products of int8 codes are exact on every CPU, also on those that add two of them in 16 bits.
+    """
 
     eopc_version: str
     model: ModelInfo
@@ -122,6 +125,7 @@ class Manifest:
     tools: Mapping[str, str]
     seed: int
     calibration: Mapping[str, object]
+    exact_products: bool = False
 
     @property
     def value_bytes(self) -> int:
@@ -152,6 +156,7 @@ class Manifest:
             tools=fields.texts_by_name("tools"),
             seed=fields.integer("seed"),
             calibration=fields.mapping("calibration"),
+            exact_products=fields.boolean("exact_products", default=False),
         )
         fields.done()
         check_ladder(manifest.tiers, manifest.model.num_hidden_layers)

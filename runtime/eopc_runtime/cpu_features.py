@@ -14,9 +14,9 @@ VNNI = {"avx512_vnni", "avx_vnni"}  # dot products of bytes, summed in 32 bits
 def int8_products_overflow() -> bool:
     """True on x86 without VNNI, or where that cannot be seen.
 
-    There ONNX Runtime's kernels add two products of bytes in 16 bits, which overflow for codes beyond 64 (its option
-    `session.x64quantprecision` avoids that, but does not take blocked weights). Seen on AVX2: 0.25 % more perplexity on
-    SmolLM2-135M, 5 % error in the logits of a tiny model.
+    There ONNX Runtime's kernels add two products of bytes in 16 bits. They overflow unless the weights' codes are
+    chosen so that they do not, which a manifest says (`exact_products`). ONNX Runtime's own way out, its option
+    `session.x64quantprecision`, does not take blocked weights.
     """
     return overflows(platform.machine(), Path("/proc/cpuinfo"))
 

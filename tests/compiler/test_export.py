@@ -27,7 +27,6 @@ from eopc_compiler.parity import without_rounded_inputs
 from eopc_compiler.storage import Storage
 from eopc_compiler.tracing import Target, trace
 from eopc_compiler.weights import WeightReader
-from eopc_runtime.cpu_features import int8_products_overflow
 from eopc_runtime.graph_check import read_graph
 
 onnx = pytest.importorskip("onnx")
@@ -93,8 +92,6 @@ class Runner:
         data = (ladder.root / f"tiers/t{tier}/model.onnx").read_bytes()
         if not rounded:
             data = without_rounded_inputs(data)
-        elif int8_products_overflow():  # as the runtime does
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
         self.session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         self.layers, self.head_dim = ladder.masks[tier].layers, ladder.config.head_dim
         self.dtype = ladder.kind[1]

@@ -52,7 +52,9 @@ def test_every_matrix_is_fitted_to_what_all_rounded_ones_before_it_produce(
         for name in MATRICES:
             weight = whole[index].get_submodule(name).weight.data
             hessian = sum((x.double().t() @ x.double() for x in met[name]), torch.zeros(()))
-            wanted = gptq(weight, hessian, "int8", storage.block_of(name, index), torch.float32)
+            grid = storage.grid_of(name, index)
+            assert grid is not None
+            wanted = gptq(weight, hessian, grid, storage.block_of(name, index), torch.float32)
             differing = (wanted.codes != found[index][name].codes).float().mean()
             assert differing <= 2e-3  # sums of other lengths put a value in a thousand on the other side of a half
             assert found[index][name].input_scale is None or static_inputs

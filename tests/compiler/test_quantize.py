@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from eopc_compiler.quantize import (
     FP8,
     GRIDS,
+    PAIRED,
     Quantized,
     block_scales,
     choose_block,
@@ -253,3 +256,73 @@ def test_the_sign_of_an_int4_scale_puts_the_extreme_on_the_longer_end() -> None:
     weight = torch.tensor([[0.8], [-0.4]]).repeat(16, 1)
     assert block_scales(weight, "int4", 32).item() == pytest.approx(-0.1)
     assert block_scales(-weight, "int4", 32).item() == pytest.approx(0.1)
+
+
+def correlated() -> tuple[Tensor, Tensor]:
+    """Inputs [512, 64] that depend on each other, and a weight [64, 48] with extremes side by side."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(512, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    weight = torch.randn(64, 48, generator=generator)
+    weight[10:12, :24], weight[20], weight[21] = 4.0, 4.0, -4.0
+    return x, weight
+
+
+@pytest.mark.parametrize("compensated", [True, False], ids=["gptq", "nearest"])
+def test_no_two_neighbouring_codes_overflow_sixteen_bits_with_any_inputs(compensated: bool) -> None:
+    """Neighbours add up to at most 128 in magnitude, so 255 times each fits; opposite ones use the whole range."""
+    x, weight = correlated()
+    if compensated:
+        codes = gptq(weight, x.t() @ x, PAIRED, None, torch.float32).codes.int()
+    else:
+        codes = round_to_nearest(weight, PAIRED, None, torch.float32).codes.int()
+    first, second = codes[::2], codes[1::2]
+    assert int((first + second).abs().max()) <= 128
+    largest = 255 * torch.maximum(first.clamp(min=0) + second.clamp(min=0), -(first.clamp(max=0) + second.clamp(max=0)))
+    assert int(largest.max()) < 2**15
+    assert int((first - second).abs().max()) > 128
+
+
+def test_pairs_cost_less_than_half_the_range_would() -> None:
+    """The error of outputs is nearer to that of free int8 codes than to that of codes up to 64."""
+    generator = torch.Generator().manual_seed(6)
+    x, weight = torch.randn(1024, 256, generator=generator), torch.randn(256, 128, generator=generator)
+
+    def error(found: Quantized) -> float:
+        return float((x @ (found.dequantize() - weight)).square().mean())
+
+    free, paired = (gptq(weight, x.t() @ x, grid, None, torch.float32) for grid in ("int8", PAIRED))
+    half = replace(free, codes=(free.codes / 2).round().to(torch.int8), scales=free.scales * 2)
+    assert error(free) <= error(paired) < (error(free) * error(half)) ** 0.5
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 64, 300])
+def test_onnx_runtime_multiplies_paired_codes_exactly_on_this_cpu(rows: int) -> None:
+    """Codes at their limit and inputs at theirs, the worst there is: the sums are those of whole numbers."""
+    onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    rng = np.random.default_rng(rows)
+    half = rng.integers(1, 128, (288, 96))
+    pairs = np.stack([half, np.minimum(128 - half, 127)], 1) * rng.choice([-1, 1], (288, 1, 96))
+    opposite = rng.random((288, 96)) < 0.3
+    pairs[:, 0][opposite], pairs[:, 1][opposite] = 127, -127
+    codes = pairs.reshape(576, 96).astype(np.int8)
+    helper, kept = onnx.helper, onnx.numpy_helper.from_array
+    constants = {"w8": codes, "s": np.full(96, 0.5, np.float32), "one": np.float32(1), "zero": np.int8(0)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["x8"]),
+        helper.make_node("DequantizeLinear", ["x8", "one", "zero"], ["xr"]),
+        helper.make_node("DequantizeLinear", ["w8", "s"], ["w"], axis=1),
+        helper.make_node("MatMul", ["xr", "w"], ["y"]),
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "product",
+        [value("x", onnx.TensorProto.FLOAT, [rows, 576])],
+        [value("y", onnx.TensorProto.FLOAT, [rows, 96])],
+        [kept(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for x in (np.full((rows, 576), 127), np.full((rows, 576), -128), rng.integers(-128, 128, (rows, 576))):
+        (found,) = session.run(None, {"x": x.astype(np.float32)})
+        np.testing.assert_array_equal(found, 0.5 * (x @ codes.astype(np.int64)))

@@ -89,9 +89,8 @@ class OrtTier:
             "session.model_external_initializers_file_folder_path", str(bundle.root.resolve())
         )
         graph = exact or bundle.graph(info.graph)
-        self.in_floating_point = (
-            not providers and manifest.precision != "fp8" and rounds_inputs(graph) and int8_products_overflow()
-        )
+        rounds = rounds_inputs(graph) and not providers and manifest.precision != "fp8"
+        self.in_floating_point = rounds and not manifest.exact_products and int8_products_overflow()
         if self.in_floating_point:  # exact, but slower and with unpacked weights
             options.add_session_config_entry("session.disable_quant_qdq", "1")
 

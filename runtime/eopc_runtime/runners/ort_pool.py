@@ -11,8 +11,8 @@ from eopc_runtime.runners.ort import GROWTH, OrtTier
 from eopc_runtime.tier_info import TierInfo
 
 NO_VNNI = (
-    "this CPU has no VNNI, without which int8 products overflow, so this bundle's run in floating point: slower, and "
-    "in more memory. Build it here for a form that suits this CPU."
+    "this CPU has no VNNI, without which int8 products of this bundle's codes overflow, so they run in floating point: "
+    "slower, and in more memory. Build it anew: bundles now hold codes that never overflow."
 )
 
 RESIDENT_FACTOR = 1.4  # loaded weights may reach this multiple of the largest tier's
