@@ -67,11 +67,11 @@ def expect_paris(root: Path, text: str) -> None:
 
 
 def corpus(name: str) -> str:
-    """Text of one domain that calibration never saw."""
+    """Text of one domain that calibration never saw; line ends as a file read as text has them."""
 
     def field(path: str, *keys: str) -> str:
         rows = map(json.loads, (CORPORA / path).read_text(encoding="utf-8").splitlines()[:400])
-        return "\n".join("\n".join(row[k] for k in keys) for row in rows)
+        return "\n".join("\n".join(row[k] for k in keys) for row in rows).replace("\r\n", "\n")
 
     if name == "wiki":
         return (CORPORA / "wikitext2/wiki.valid.raw").read_text(encoding="utf-8")[200_000:260_000]
