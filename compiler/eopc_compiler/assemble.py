@@ -21,7 +21,7 @@ from eopc_compiler.ladder import Mask, UnitOrder, column_cuts
 from eopc_compiler.layer_rounding import LayerRounding, round_matrix
 from eopc_compiler.model import Block
 from eopc_compiler.quantize import Quantized, round_to_nearest
-from eopc_compiler.rotate import Rotation, rotate_head, rotate_layer
+from eopc_compiler.rotate import Rotation, rotate_channels, rotate_head, rotate_layer, rotate_values
 from eopc_compiler.storage import HEAD, Storage
 from eopc_compiler.weights import Entry, RowMatrix, WeightWriter
 
@@ -67,6 +67,9 @@ def write_weights(
                 rotate_layer(layer, rotation)
             if observed and storage.grid:
                 equalize_layer(layer, observed.peaks[source], orders[source], config)
+            if group := storage.token_group_of("mlp.down_proj", source):
+                rotate_values(layer, config.head_dim)
+                rotate_channels(layer, group)
             quantized = rounding.layer(source, layer, storage) if rounding else {}
             _write_layer(writer, entries, f"model.layers.{source}.", layer, quantized, dims, masks, config, storage)
             if report:

@@ -8,6 +8,8 @@ traced the same way. Afterwards each initializer is replaced by what the bundle 
   fuses into MatMulNBits and TensorRT into a weight-only GEMM;
 * int8 and 8-bit floats with an input scale: the inputs pass QuantizeLinear and DequantizeLinear as well, and runtimes
   multiply codes by codes;
+* int8 with a token group: the same, behind a division by every token's largest input, which the product is multiplied
+  by again; of the FFN's channels, behind a product with a Hadamard matrix;
 * the embedding: its rows are gathered *before* they are dequantised, so a step never expands the table.
 
 External data is named "weights.bin", relative to the bundle's root: loaders pass that folder (ONNX Runtime
@@ -26,8 +28,9 @@ import onnx_ir as ir
 
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import Dialect
+from eopc_compiler.hadamard import hadamard
 from eopc_compiler.prompt_pass import Pool
-from eopc_compiler.quantize import FP8
+from eopc_compiler.quantize import FP8, LEAST_PEAK
 from eopc_compiler.selector import Selector
 from eopc_compiler.token_selector import PromptPath
 from eopc_compiler.tracing import Target, trace, trace_prompt_pass, trace_selector
@@ -140,6 +143,10 @@ def attach_weights(model: ir.Model, config: LlamaConfig, dialect: Dialect, table
         entry, dims = table.of_tier(name, config.layers)
         if isinstance(entry, ColumnMatrix) and entry.input_scale is not None:
             builder.quantize_inputs(value, entry.input_scale, entry.pieces[0].codes.dtype, name)
+        if isinstance(entry, RowMatrix) and entry.token_group is not None:
+            assert dims is not None
+            builder.divide_by_peaks(value, entry.token_group, row_count(name, dims, entry), name)
+            builder.quantize_inputs(value, 1 / 127, "int8", name)
         if name == "model.embed_tokens.weight":
             assert isinstance(entry, RowMatrix)
             builder.embedding(value, entry, name)
@@ -202,6 +209,36 @@ class _Builder:
         codes.outputs[0].name, values.outputs[0].name = f"{name}.input_codes", f"{name}.input_values"
         self.graph.insert_before(matmul, [codes, values])
         matmul.replace_input_with(0, values.outputs[0])
+
+    def divide_by_peaks(self, weight: ir.Value, group: int, width: int, name: str) -> None:
+        """Turn what a matrix multiplies in groups, and divide each token by its peak; the product makes up for that."""
+        ((matmul, _),) = weight.uses()
+        x, nodes = matmul.inputs[0], list[ir.Node]()
+
+        def add(op: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
+            nodes.append(ir.node(op, inputs, attributes))
+            nodes[-1].outputs[0].name = f"{name}.{op}.{len(nodes)}"
+            return nodes[-1].outputs[0]
+
+        if group > 1:
+            grouped = self.small(f"{name}.grouped", np.array([0, 0, -1, group], dtype=np.int64))
+            joined = self.small(f"{name}.joined_again", np.array([0, 0, width], dtype=np.int64))
+            turn = self.graph.initializers.get(f"hadamard_{group}")  # all layers share it
+            turn = turn or self.small(f"hadamard_{group}", hadamard(group).numpy())
+            x = add("Reshape", [add("MatMul", [add("Reshape", [x, grouped]), turn]), joined])
+        axes = self.small(f"{name}.axes", np.array([-1], dtype=np.int64))
+        least = self.small(f"{name}.least", np.array(LEAST_PEAK, dtype=np.float32))
+        peaks = add("Max", [add("ReduceMax", [add("Abs", [x]), axes], keepdims=1), least])
+        scaled = add("Div", [x, peaks])
+        self.graph.insert_before(matmul, nodes)
+        matmul.replace_input_with(0, scaled)
+        product = matmul.outputs[0]
+        back = ir.node("Mul", [product, peaks])
+        back.outputs[0].name, back.outputs[0].dtype, back.outputs[0].shape = f"{name}.Mul", product.dtype, product.shape
+        for node, index in list(product.uses()):
+            node.replace_input_with(index, back.outputs[0])
+        self.graph.insert_after(matmul, [back])
+        back.replace_input_with(0, product)
 
     def split_matmul(self, value: ir.Value, entry: ColumnMatrix, units: int, name: str) -> None:
         """One MatMul per column piece, outputs joined: ONNX has no Concat of int4 or 8-bit float constants."""

@@ -186,6 +186,7 @@ def rounding(storage: Storage) -> Round:
         grid = storage.grid_of("mlp.down_proj", source)
         if grid is None:
             return weight.to(getattr(torch, storage.dtype)).float()
-        return gptq(weight, covariance, grid, storage.block_of("mlp.down_proj", source), getattr(torch, storage.dtype))
+        block, group = (of("mlp.down_proj", source) for of in (storage.block_of, storage.token_group_of))
+        return replace(gptq(weight, covariance, grid, block, getattr(torch, storage.dtype)), token_group=group)
 
     return round_weight

@@ -22,7 +22,8 @@ def round_matrix(name: str, layer: int, matrix: Tensor, storage: Storage) -> Ten
     grid = storage.grid_of(name, layer)
     if grid is None:
         return matrix
-    return round_to_nearest(matrix, grid, storage.block_of(name, layer), getattr(torch, storage.dtype))
+    rounded = round_to_nearest(matrix, grid, storage.block_of(name, layer), getattr(torch, storage.dtype))
+    return replace(rounded, token_group=storage.token_group_of(name, layer))
 
 
 class LayerRounding:
@@ -55,6 +56,7 @@ class LayerRounding:
                 found[name] = replace(joined, codes=codes, scales=scales)
                 module.weight.data = found[name].dequantize()
                 module.input_scale, module.input_grid = joined.input_scale, joined.stored
+                module.token_group = joined.token_group
 
         normed = [layer.input_layernorm(x) for x in self._hidden]
         fit(normed, "self_attn.qkv_proj")
@@ -79,7 +81,11 @@ class LayerRounding:
         dtype, rows = getattr(torch, storage.dtype), [x.flatten(0, 1) for x in inputs]
         rounded = gptq(weight, _gram(rows), grid, storage.block_of(name, layer), dtype)
         static = storage.has_static_inputs(name, layer)
-        return replace(rounded, input_scale=static_scale(rows, dtype, rounded.stored) if static else None)
+        return replace(
+            rounded,
+            input_scale=static_scale(rows, dtype, rounded.stored) if static else None,
+            token_group=storage.token_group_of(name, layer),
+        )
 
 
 def _gram(inputs: Sequence[Tensor]) -> Tensor:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import EagerOps, Ops, rotary_tables
-from eopc_compiler.quantize import round_inputs
+from eopc_compiler.hadamard import turned
+from eopc_compiler.quantize import round_inputs, round_tokens
 
 MASK_VALUE = -30000.0  # drops a position after softmax, and stays finite in fp16 when added to any score
 
@@ -317,7 +318,9 @@ class FeedForward(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """What down_proj reads, [..., width]."""
-        return swiglu(self.gate_proj(x), self.up_proj(x))
+        channels = swiglu(self.gate_proj(x), self.up_proj(x))
+        group = self.down_proj.token_group
+        return channels if group is None else turned(channels, group)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -348,6 +351,8 @@ class Projection(nn.Module):
         self.transposed = False
         self.input_scale: float | None = None  # with one, inputs are rounded to codes of this scale
         self.input_grid = "int8"  # of these codes
+        self.token_group: int | None = None  # with one, they are rounded with a scale of every token's own
+        self.rounds = True  # else inputs are left as they are, for comparison
 
     @classmethod
     def merged(cls, parts: Sequence[Projection]) -> Projection:
@@ -375,10 +380,23 @@ class Projection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.transposed:
             return F.linear(x, self.weight, self.bias)
-        if self.input_scale is not None:
-            x = round_inputs(x, self.input_scale, self.input_grid)
-        y = torch.matmul(x, self.weight)
+        y = torch.matmul(self._rounded(x) if self.rounds else x, self.weight)
         return y if self.bias is None else y + self.bias
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        """The inputs as the device gets them; gradients pass straight through."""
+        if self.input_scale is not None:
+            rounded = round_inputs(x, self.input_scale, self.input_grid)
+        elif self.token_group is not None:
+            rounded = round_tokens(x)
+        else:
+            return x
+        return x + (rounded - x).detach() if x.requires_grad else rounded
+
+    def reads_as(self, other: Projection) -> None:
+        """Take over how another one rounds its inputs."""
+        self.input_scale, self.input_grid = other.input_scale, other.input_grid
+        self.token_group, self.rounds = other.token_group, other.rounds
 
 
 def causal_mask(positions: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:

@@ -58,7 +58,7 @@ class Reference:
         for part in filter(None, (self.model, self.prompt)):
             for module in part.modules():
                 if isinstance(module, Projection):
-                    module.input_scale = None
+                    module.rounds = False
 
 
 def check_parity(

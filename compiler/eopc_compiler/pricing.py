@@ -9,6 +9,8 @@ from eopc_compiler.storage import Storage
 from eopc_compiler.token_selector import PromptPath
 from eopc_runtime.prior import prior_energy, prior_table
 
+LEAST_GROUP, LARGEST_GROUP = 16, 64  # channels turned together: fewer even little out, more take longer
+
 
 def storage_for(state: CompileState, precision: str) -> Storage:
     """How a precision is stored for this model, device and dialect."""
@@ -17,8 +19,11 @@ def storage_for(state: CompileState, precision: str) -> Storage:
     q_widths = {d.num_key_value_heads * config.query_group_size * config.head_dim for d in config.layers}
     widths = {config.hidden_size, config.query_group_size * config.head_dim, state.align, *q_widths}
     profile, layers = state.profile, len(config.layers)
-    static_inputs = profile.precision(precision).static_inputs
-    return Storage.choose(precision, profile.compute_dtype, state.dialect, widths, layers, static_inputs)
+    static = profile.precision(precision).static_inputs
+    group = min(LARGEST_GROUP, state.align & -state.align)  # a power of two that no tier cuts
+    by_token = static and precision == "int8" and group >= LEAST_GROUP and state.args.selectors != "on"
+    choice = (precision, profile.compute_dtype, state.dialect, widths, layers, static)
+    return Storage.choose(*choice, token_group=group if by_token else None)
 
 
 def must_prune(state: CompileState) -> bool:

@@ -27,6 +27,7 @@ BLOCK_CHOICES = (64, 32, 16)
 GPTQ_DAMPING = 0.05  # of the Hessian's mean diagonal; the published 0.01 fits short calibration text too closely
 LAZY_ROWS = 64  # rows whose updates to the rest of the matrix are applied at once
 STATIC_QUANTILE = 0.99
+LEAST_PEAK = 1e-20  # of a token's inputs: those of a token that has none are divided by it
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,8 @@ class Quantized:
     """codes [in, out] of a grid; scales [in / block, out], or [out] where one scale serves a whole column.
 
     With an input scale, the matrix multiplies inputs rounded to codes of the same stored type and that scale (static
-    quantisation).
+    quantisation). With a token group, inputs are rounded to int8 with a scale of every token's own, and neighbouring
+    ones are turned before in groups of so many (`turn`); 1 leaves them as they are.
     """
 
     codes: Tensor
@@ -79,6 +81,7 @@ class Quantized:
     grid: str  # a key of GRIDS
     block: int | None
     input_scale: float | None = None
+    token_group: int | None = None
 
     @property
     def stored(self) -> str:
@@ -106,6 +109,17 @@ def round_inputs(x: Tensor, scale: float, grid: str) -> Tensor:
     if grid == "int8":  # the whole range of the type
         return (x / scale).round().clamp(-128, 127) * scale
     return GRIDS[grid].nearest(x / scale) * scale
+
+
+def token_peaks(x: Tensor) -> Tensor:
+    """The largest magnitude [..., 1] of every token's inputs x [..., width], above 0."""
+    return x.abs().amax(-1, keepdim=True).clamp_min(LEAST_PEAK)
+
+
+def round_tokens(x: Tensor) -> Tensor:
+    """Inputs x [..., width] rounded to int8, every token's with the scale that its largest one needs."""
+    peaks = token_peaks(x)
+    return round_inputs(x / peaks, 1 / 127, "int8") * peaks
 
 
 def static_scale(inputs: Sequence[Tensor], dtype: torch.dtype, grid: str = "int8") -> float:

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from eopc_compiler.hadamard import hadamard, turned
 from eopc_compiler.model import Block, Projection
 
 LARGEST_FACTOR = 64  # Hadamard factors: small ones make a large rotation cheap to apply
@@ -35,7 +36,7 @@ class Rotation:
         self._factors = [] if odd == 1 else [_cosine(odd)]
         while power > 1:
             size = min(power, LARGEST_FACTOR)
-            self._factors.append(_hadamard(size))
+            self._factors.append(hadamard(size))
             power //= size
 
     def columns(self, x: Tensor) -> Tensor:
@@ -65,6 +66,28 @@ def rotate_layer(block: Block, rotation: Rotation) -> None:
         _rotate_outputs(writer, rotation)
 
 
+def rotate_values(block: Block, head_dim: int) -> None:
+    """Turn every head's values, in place, so that what o_proj reads is even over a head: it undoes that, for free."""
+    attention, turn = block.self_attn, Rotation(head_dim)
+    assert attention.qkv_proj is not None, "rotation needs deployment form"
+
+    def heads(x: Tensor) -> Tensor:
+        return turn.columns(x.reshape(*x.shape[:-1], -1, head_dim)).reshape(x.shape)
+
+    width = attention.kv_heads * head_dim
+    for values in (attention.qkv_proj.weight, attention.qkv_proj.bias):
+        if values is not None:
+            values.data[..., -width:] = heads(values.data[..., -width:])
+    attention.o_proj.weight.data = heads(attention.o_proj.weight.data.t()).t().contiguous()
+
+
+def rotate_channels(block: Block, group: int) -> None:
+    """Have down_proj read its channels turned in groups, in place: `FeedForward.hidden` turns them from now on."""
+    output = block.mlp.down_proj
+    output.weight.data = turned(output.weight.data.t(), group).t().contiguous()
+    output.token_group = group
+
+
 def rotate_head(norm: Tensor, head: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
     """The final norm's weight [hidden] and the LM head [hidden, vocab] for the rotated stream."""
     return torch.ones_like(norm), rotation.rows(norm[:, None] * head)
@@ -74,14 +97,6 @@ def _rotate_outputs(projection: Projection, rotation: Rotation) -> None:
     projection.weight.data = rotation.columns(projection.weight.data)
     if projection.bias is not None:
         projection.bias.data = rotation.columns(projection.bias.data)
-
-
-def _hadamard(size: int) -> Tensor:
-    """The orthonormal Sylvester-Hadamard matrix of a power of two."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while matrix.shape[0] < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (matrix / math.sqrt(size)).float()
 
 
 def _cosine(size: int) -> Tensor:

@@ -56,6 +56,7 @@ def qkv_columns(config: LlamaConfig, groups: int, kept: int) -> Tensor:
 
 def _share(mine: nn.Module, whole: nn.Module, cut: Callable[[Tensor], Tensor]) -> None:
     assert isinstance(mine, Projection) and isinstance(whole, Projection)
-    mine.transposed, mine.input_scale, mine.input_grid = True, whole.input_scale, whole.input_grid
+    mine.transposed = True
+    mine.reads_as(whole)
     mine.weight = nn.Parameter(cut(whole.weight.data), requires_grad=False)
     mine.bias = None if whole.bias is None else nn.Parameter(cut(whole.bias.data), requires_grad=False)

@@ -69,6 +69,7 @@ class RowMatrix:
     scales: Stored | None
     block: int | None
     rows_per_unit: int = 1
+    token_group: int | None = None  # inputs are rounded first, see `Quantized`
 
     def kept(self, rows: int) -> tuple[Stored, Stored | None]:
         """Codes and scales of the first `rows` rows."""
@@ -138,7 +139,7 @@ class WeightWriter:
             return RowMatrix(self.tensor(matrix, dtype), None, None, rows_per_unit)
         codes = self.tensor(matrix.codes, matrix.stored)
         scales = self.tensor(matrix.scales, _name(matrix.scales))
-        return RowMatrix(codes, scales, matrix.block, rows_per_unit)
+        return RowMatrix(codes, scales, matrix.block, rows_per_unit, matrix.token_group)
 
     def _piece(self, matrix: Tensor | Quantized, columns: slice, units: int, dtype: str) -> Piece:
         if isinstance(matrix, Tensor):

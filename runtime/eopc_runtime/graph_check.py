@@ -51,7 +51,7 @@ OPERATORS = frozenset(
             "ScatterElements",
             "Unsqueeze",
         ),  # kin
-        *("DequantizeLinear", "QuantizeLinear"),
+        *("Abs", "DequantizeLinear", "QuantizeLinear", "ReduceMax"),
         *("Less", "Max", "Or", "ReduceSum", "TopK", "Where"),  # channels and tokens chosen by the prompt
     }
 )

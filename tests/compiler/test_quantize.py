@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from eopc_compiler.model import Projection
 from eopc_compiler.quantize import (
     FP8,
     GRIDS,
@@ -22,7 +23,9 @@ from eopc_compiler.quantize import (
     pack_int4,
     round_inputs,
     round_to_nearest,
+    round_tokens,
     static_scale,
+    token_peaks,
 )
 
 FP16_TINY = torch.finfo(torch.float16).tiny
@@ -326,3 +329,37 @@ def test_onnx_runtime_multiplies_paired_codes_exactly_on_this_cpu(rows: int) -> 
     for x in (np.full((rows, 576), 127), np.full((rows, 576), -128), rng.integers(-128, 128, (rows, 576))):
         (found,) = session.run(None, {"x": x.astype(np.float32)})
         np.testing.assert_array_equal(found, 0.5 * (x @ codes.astype(np.int64)))
+
+
+def test_a_scale_per_token_rounds_each_on_its_own() -> None:
+    """Tokens a thousand times apart keep the same relative error, and one without any input stays zero."""
+    x = (
+        torch.randn(5, 256, generator=torch.Generator().manual_seed(7))
+        * torch.tensor([1e-3, 1.0, 1e3, 7.0, 0.0])[:, None]
+    )
+    rounded = round_tokens(x)
+    assert torch.equal(rounded[4], x[4])
+    relative = (rounded - x)[:4].norm(dim=1) / x[:4].norm(dim=1)
+    assert float(relative.max()) < 0.012  # steps of peak / 127, the peak being some 3 standard deviations
+    codes = rounded / (token_peaks(x) / 127)
+    torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)
+    assert float(codes.abs().max()) <= 127.001
+
+
+@pytest.mark.parametrize("rounding", ["static", "per token"])
+def test_gradients_pass_through_rounded_inputs(rounding: str) -> None:
+    """What is fitted by gradients, such as scores of tokens, sees the products as if inputs were not rounded."""
+    output = Projection(64, 16, bias=False).fuse()
+    generator = torch.Generator().manual_seed(8)
+    output.weight = torch.nn.Parameter(torch.randn(64, 16, generator=generator), requires_grad=False)
+    output.input_scale, output.token_group = (0.03, None) if rounding == "static" else (None, 1)
+    x = torch.randn(3, 64, generator=generator)
+    with torch.no_grad():
+        want = output(x)
+        assert not torch.equal(want, x @ output.weight)
+    leaf = x.clone().requires_grad_()
+    found = output(leaf)
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=0)
+    found.sum().backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, output.weight.sum(1).expand(3, -1))

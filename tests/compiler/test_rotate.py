@@ -12,8 +12,8 @@ from torch import Tensor
 from eopc_compiler.assemble import deployment_layer
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.ladder import UnitOrder
-from eopc_compiler.model import build_model
-from eopc_compiler.rotate import Rotation, rotate_head, rotate_layer
+from eopc_compiler.model import Block, build_model
+from eopc_compiler.rotate import Rotation, rotate_channels, rotate_head, rotate_layer, rotate_values
 from eopc_compiler.sequences import run_layer
 
 MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
@@ -74,3 +74,31 @@ def test_rotation_spreads_an_outlier_channel_over_all() -> None:
 
     assert peak(x) > 20
     assert peak(turned) < 6
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True}], ids=["plain", "biases"])
+def test_turned_values_and_channels_compute_the_same(make_tiny: MakeTiny, changes: dict[str, Any]) -> None:
+    """What o_proj and down_proj read is another, and even: the layer's output is not, whole or with fewer units."""
+    config, tensors = make_tiny(num_hidden_layers=1, **changes)
+    plain, dims = build_model(config, tensors), config.layers[0]
+    order = UnitOrder(tuple(range(dims.num_key_value_heads)), tuple(range(dims.intermediate_size)))
+
+    def layer() -> Block:
+        return deployment_layer(config, 0, tensors.__getitem__, order)
+
+    whole, turned = layer(), layer()
+    rotate_values(turned, config.head_dim)
+    rotate_channels(turned, 32)
+    assert turned.mlp.down_proj.token_group == 32
+    turned.mlp.down_proj.rounds = False
+    x = torch.randn(2, 7, config.hidden_size, generator=torch.Generator().manual_seed(5))
+    want = run_layer(plain, whole, x)
+    torch.testing.assert_close(run_layer(plain, turned, x), want, atol=1e-5 * float(want.abs().max()), rtol=0)
+    assert not torch.allclose(turned.self_attn.o_proj.weight, whole.self_attn.o_proj.weight)
+    for block in (whole, turned):  # 64 of the channels
+        for name in ("gate_proj", "up_proj"):
+            projection = block.mlp.get_submodule(name)
+            projection.weight = torch.nn.Parameter(projection.weight[:, :64], requires_grad=False)
+        block.mlp.down_proj.weight = torch.nn.Parameter(block.mlp.down_proj.weight[:64], requires_grad=False)
+    want = run_layer(plain, whole, x)
+    torch.testing.assert_close(run_layer(plain, turned, x), want, atol=1e-5 * float(want.abs().max()), rtol=0)

@@ -98,6 +98,7 @@ def bundle(tmp_path):
             "tools": {"torch": "2.13.0"},
             "seed": 0,
             "calibration": {"text": {"tokens": 4096}},
+            "exact_products": False,
         },
     )
     return root
