@@ -1,0 +1,49 @@
+"""Which matrices of which builds read inputs that are rounded, and how those are turned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from eopc_compiler.cache import StageCache
+from eopc_compiler.checkpoint import open_checkpoint
+from eopc_compiler.dialects import DIALECTS
+from eopc_compiler.pricing import storage_for
+from eopc_compiler.quantize import PAIRED
+from eopc_compiler.state import BuildArgs, CompileState
+from eopc_compiler.storage import Storage
+from eopc_runtime.profiles import load_profile
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "align", "selectors", "group"),
+    [
+        ("cpu", "int8", 64, "auto", 64),
+        ("cpu", "int8", 96, "auto", 32),  # the largest power of two that no tier cuts
+        ("cpu", "int8", 8, "auto", None),  # too few to even anything out
+        ("cpu", "int8", 64, "on", None),  # prompts choose single channels: they cannot be mixed
+        ("cpu", "int4", 64, "auto", None),
+        ("orin", "int8", 64, "auto", None),  # its engines unpack weights
+    ],
+)
+def test_inputs_get_a_scale_per_token_where_all_products_are_of_codes(
+    tiny_checkpoint: Path, tmp_path: Path, device: str, precision: str, align: int, selectors: str, group: int | None
+) -> None:
+    """int8 of the cpu profile, unless single channels have to stay apart."""
+    args = BuildArgs(str(tiny_checkpoint), device, (1.0,), tmp_path / "out.eopc", selectors=selectors)
+    state = CompileState(args, StageCache(tmp_path / "work"), load_profile(device), print, print)
+    state = replace(state, checkpoint=open_checkpoint(str(tiny_checkpoint)), dialect=DIALECTS["native"], align=align)
+    assert storage_for(state, precision).token_group == group
+
+
+def test_every_matrix_of_a_layer_reads_codes_and_the_head_does_not() -> None:
+    """Those of codes have one scale per output and pairs that never overflow; the head has blocks."""
+    storage = Storage("int8", "float32", 64, static_inputs=True, token_group=64)
+    static = {n: storage.has_static_inputs(n, 3) for n in ("qkv_proj", "gate_proj", "up_proj", "o_proj", "down_proj")}
+    assert [n for n, found in static.items() if found] == ["qkv_proj", "gate_proj", "up_proj"]
+    assert [storage.token_group_of(f"mlp.{n}", 3) for n in static] == [None, None, None, 1, 64]
+    assert {(storage.grid_of(n, 3), storage.block_of(n, 3)) for n in static} == {(PAIRED, None)}
+    assert (storage.grid_of("lm_head", -1), storage.block_of("lm_head", -1)) == ("int8", 64)
+    assert storage.exact_products
