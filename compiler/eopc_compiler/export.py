@@ -30,7 +30,7 @@ from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import Dialect
 from eopc_compiler.hadamard import hadamard
 from eopc_compiler.prompt_pass import Pool
-from eopc_compiler.quantize import FP8, LEAST_PEAK
+from eopc_compiler.quantize import FP8, LEAST_PEAK, TOKEN_SCALE
 from eopc_compiler.selector import Selector
 from eopc_compiler.token_selector import PromptPath
 from eopc_compiler.tracing import Target, trace, trace_prompt_pass, trace_selector
@@ -146,7 +146,7 @@ def attach_weights(model: ir.Model, config: LlamaConfig, dialect: Dialect, table
         if isinstance(entry, RowMatrix) and entry.token_group is not None:
             assert dims is not None
             builder.divide_by_peaks(value, entry.token_group, row_count(name, dims, entry), name)
-            builder.quantize_inputs(value, 1 / 127, "int8", name)
+            builder.quantize_inputs(value, TOKEN_SCALE, "int8", name)
         if name == "model.embed_tokens.weight":
             assert isinstance(entry, RowMatrix)
             builder.embedding(value, entry, name)
@@ -221,24 +221,23 @@ class _Builder:
             return nodes[-1].outputs[0]
 
         if group > 1:
-            grouped = self.small(f"{name}.grouped", np.array([0, 0, -1, group], dtype=np.int64))
-            joined = self.small(f"{name}.joined_again", np.array([0, 0, width], dtype=np.int64))
-            turn = self.graph.initializers.get(f"hadamard_{group}")  # all layers share it
-            turn = turn or self.small(f"hadamard_{group}", hadamard(group).numpy())
+            grouped = self.shared(f"groups_of_{group}", np.array([0, 0, -1, group], dtype=np.int64))
+            joined = self.shared(f"joined_to_{width}", np.array([0, 0, width], dtype=np.int64))
+            turn = self.shared(f"hadamard_{group}", hadamard(group).numpy())
             x = add("Reshape", [add("MatMul", [add("Reshape", [x, grouped]), turn]), joined])
-        axes = self.small(f"{name}.axes", np.array([-1], dtype=np.int64))
-        least = self.small(f"{name}.least", np.array(LEAST_PEAK, dtype=np.float32))
+        axes = self.shared("last_axis", np.array([-1], dtype=np.int64))
+        least = self.shared("least_peak", np.array(LEAST_PEAK, dtype=np.float32))
         peaks = add("Max", [add("ReduceMax", [add("Abs", [x]), axes], keepdims=1), least])
         scaled = add("Div", [x, peaks])
         self.graph.insert_before(matmul, nodes)
         matmul.replace_input_with(0, scaled)
         product = matmul.outputs[0]
+        readers = list(product.uses())
         back = ir.node("Mul", [product, peaks])
         back.outputs[0].name, back.outputs[0].dtype, back.outputs[0].shape = f"{name}.Mul", product.dtype, product.shape
-        for node, index in list(product.uses()):
+        for node, index in readers:
             node.replace_input_with(index, back.outputs[0])
         self.graph.insert_after(matmul, [back])
-        back.replace_input_with(0, product)
 
     def split_matmul(self, value: ir.Value, entry: ColumnMatrix, units: int, name: str) -> None:
         """One MatMul per column piece, outputs joined: ONNX has no Concat of int4 or 8-bit float constants."""
@@ -292,6 +291,10 @@ class _Builder:
         return self._register(
             ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         )
+
+    def shared(self, name: str, array: Any) -> ir.Value:
+        """A small constant that all layers read."""
+        return self.graph.initializers.get(name) or self.small(name, array)
 
     def node(self, op: str, inputs: list[ir.Value], name: str, attributes: dict[str, int]) -> ir.Value:
         node = ir.node(op, inputs, attributes)

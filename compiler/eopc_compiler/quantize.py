@@ -1,9 +1,9 @@
 """Symmetric quantisation of deployment-form matrices [in, out], by rounding or error-compensated (GPTQ).
 
 Codes are numbers of a grid: int8, int8 in pairs, int4 (int8 in memory, in [-8, 7], packed two to a byte when written),
-or 8-bit floats with four bits of exponent (E4M3 without infinities, arXiv 2209.05433). One scale serves
-`block` consecutive inputs of one output (DequantizeLinear with block_size along axis 0), or, with block None, all
-inputs of one output (per channel: for opsets below 21, and where the inputs are codes too).
+or 8-bit floats with four bits of exponent (E4M3 without infinities, arXiv 2209.05433). One scale serves `block`
+consecutive inputs of one output (DequantizeLinear with block_size along axis 0), or, with block None, all inputs of one
+output (per channel: for opsets below 21, and where the inputs are codes too).
 
 Pairs: where inputs are int8 codes as well, x86 without VNNI multiplies them, shifted to 0..255, by the codes of two
 neighbouring inputs and adds the two products in 16 bits, signed (vpmaddubsw). They fit whatever the inputs are if the
@@ -62,8 +62,7 @@ GRIDS = {
     "int4": Grid(4, -8, 7, torch.int8, "int4"),
     FP8: Grid(8, -448, 448, torch.float8_e4m3fn, FP8),
 }
-
-
+TOKEN_SCALE = 1 / GRIDS["int8"].high  # of inputs that were divided by their token's peak
 SCALE_CHOICES = {"int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75), PAIRED: (1.0, 1.1, 1.25, 1.5, 2.0)}  # of the full scale
 
 
@@ -73,7 +72,7 @@ class Quantized:
 
     With an input scale, the matrix multiplies inputs rounded to codes of the same stored type and that scale (static
     quantisation). With a token group, inputs are rounded to int8 with a scale of every token's own, and neighbouring
-    ones are turned before in groups of so many (`turn`); 1 leaves them as they are.
+    ones are turned before in groups of so many (`hadamard.turned`); 1 leaves them as they are.
     """
 
     codes: Tensor
@@ -119,7 +118,7 @@ def token_peaks(x: Tensor) -> Tensor:
 def round_tokens(x: Tensor) -> Tensor:
     """Inputs x [..., width] rounded to int8, every token's with the scale that its largest one needs."""
     peaks = token_peaks(x)
-    return round_inputs(x / peaks, 1 / 127, "int8") * peaks
+    return round_inputs(x / peaks, TOKEN_SCALE, "int8") * peaks
 
 
 def static_scale(inputs: Sequence[Tensor], dtype: torch.dtype, grid: str = "int8") -> float:

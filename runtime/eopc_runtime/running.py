@@ -6,7 +6,6 @@ What is decided is decided in `controller`; here are the runners, the clock and 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,8 +45,8 @@ class Machine:
     tokenizer: Tokenizer
     tiers: tuple[str, ...]
     eos_token_ids: frozenset[int]
-    clock: Callable[[], float] = time.perf_counter
-    wall: Callable[[], float] = time.time
+    clock: Callable[[], float]
+    wall: Callable[[], float]
 
     def prefill(self, ids: Sequence[int], tier: str) -> tuple[Any, Logits]:
         """Run a prompt on a tier; return its cache and the next token's logits [vocab]."""

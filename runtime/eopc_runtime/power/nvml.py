@@ -35,7 +35,7 @@ _VALUE_OF_TYPE = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal"
 class Gpu:
     """One GPU through a library that looks like `pynvml`. Methods raise SensorError when NVML refuses."""
 
-    library: Any
+    nvml: Any
     handle: Any
     name: str
     rail: str
@@ -47,7 +47,7 @@ class Gpu:
 
     def instant_w(self) -> float:
         """Power now in W."""
-        field = getattr(self.library, "NVML_FI_DEV_POWER_INSTANT", _FI_DEV_POWER_INSTANT)
+        field = getattr(self.nvml, "NVML_FI_DEV_POWER_INSTANT", _FI_DEV_POWER_INSTANT)
         value = self._ask("nvmlDeviceGetFieldValues", [field])[0]
         if value.nvmlReturn != 0:
             raise SensorError(f"NVML error {value.nvmlReturn}")
@@ -59,8 +59,8 @@ class Gpu:
 
     def _ask(self, function: str, *args: object) -> Any:
         try:
-            return getattr(self.library, function)(self.handle, *args)
-        except (self.library.NVMLError, AttributeError) as error:  # older bindings lack newer functions
+            return getattr(self.nvml, function)(self.handle, *args)
+        except (self.nvml.NVMLError, AttributeError) as error:  # older bindings lack newer functions
             raise SensorError(str(error)) from None
 
 
