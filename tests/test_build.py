@@ -22,9 +22,9 @@ from eopc_runtime.cli.main import cli
 from eopc_runtime.errors import DeviceError
 from eopc_runtime.runners import ort as ort_runner
 from eopc_runtime.runners import ort_pool
-from eopc_runtime.runners.fit import weight_bytes
+from eopc_runtime.runners.fit import tier_bytes, weight_bytes
 from eopc_runtime.runners.ort import OrtTier
-from eopc_runtime.runners.ort_pool import NO_VNNI, OrtPool
+from eopc_runtime.runners.ort_pool import NO_VNNI, STEPS_DO_NOT_FIT, OrtPool
 from eopc_runtime.session import Session
 
 Settings = Callable[..., Any]
@@ -310,6 +310,49 @@ def test_8_bit_floats_are_for_devices_that_multiply_them(
         assert session.generate("abcd", max_new_tokens=3, raw=True).completion_tokens == 3
     with pytest.raises(DeviceError, match="fp8"):
         build(replace(args, device="orin", output=tmp_path / "orin.eopc"))
+
+
+@pytest.fixture(scope="module")
+def codes_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, build_settings: Settings) -> Bundle:
+    """Two tiers in int8 for a CPU: prompts round their inputs, single tokens have a graph of their own."""
+    output = tmp_path_factory.mktemp("codes") / "cpu.eopc"
+    return Bundle.open(
+        build(build_settings(tiny_checkpoint, output, precision=("int8",), budgets_j=(2.0, 0.47))).bundle
+    )
+
+
+def test_single_tokens_run_through_their_own_graph_and_prompts_do_not(codes_bundle: Bundle) -> None:
+    """Prompts are the same to the bit with and without it; a step differs by what rounding its inputs would do."""
+    info = codes_bundle.manifest.tiers[1]
+    assert info.step == "tiers/t1/step.onnx" and info.step in info.graphs
+    with_steps, without = (OrtTier(codes_bundle, info, 1, own_steps=own) for own in (True, False))
+    caches = [tier.new_cache() for tier in (with_steps, without)]
+    tokens = [(7 * i) % 250 for i in range(40)]
+    pairs = [
+        [tier.forward(cache, part).copy() for tier, cache in zip((with_steps, without), caches, strict=True)]
+        for part in (tokens, [3], [5])
+    ]
+    np.testing.assert_array_equal(*pairs[0])
+    for own, shared in pairs[1:]:
+        assert 0 < np.abs(own - shared).max() < 0.1 * np.abs(shared).max()  # seen: 0.03
+
+
+def test_weights_of_single_tokens_count_and_are_left_out_where_memory_does_not_hold_them(
+    codes_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool counts weights twice; with memory for them once, it answers through one graph, and says so."""
+    manifest, info = codes_bundle.manifest, codes_bundle.manifest.tiers[0]
+    twice = tier_bytes(manifest, info, ort_runner.GROWTH) + info.cost.weight_bytes
+    for left, notes in ((twice, ()), (twice - 1, (STEPS_DO_NOT_FIT,))):
+        monkeypatch.setattr(ort_pool, "left_bytes", lambda left=left: left)
+        pool = OrtPool(codes_bundle, 1, max_resident_bytes=2 * info.cost.weight_bytes)
+        tier = pool.get("t0")
+        cache = tier.new_cache()
+        tier.forward(cache, [1, 2, 3])
+        assert tier.forward(cache, [4]).shape == (1, manifest.model.vocab_size)
+        assert pool.notes == notes
+        pool.get("t1")
+        assert pool.resident == ("t1",)  # counted once, both would stay
 
 
 def test_codes_that_never_overflow_run_as_codes_and_others_in_floating_point_where_they_would(

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import EagerOps, rotary_tables
 from eopc_compiler.equalize import equalize_layer
-from eopc_compiler.export import WeightTable
 from eopc_compiler.importance import Observations, Report
 from eopc_compiler.ladder import Mask, UnitOrder, column_cuts
 from eopc_compiler.layer_rounding import LayerRounding, round_matrix
@@ -23,6 +22,7 @@ from eopc_compiler.model import Block
 from eopc_compiler.quantize import Quantized, round_to_nearest
 from eopc_compiler.rotate import Rotation, rotate_channels, rotate_head, rotate_layer, rotate_values
 from eopc_compiler.storage import HEAD, Storage
+from eopc_compiler.weight_table import WeightTable
 from eopc_compiler.weights import Entry, RowMatrix, WeightWriter
 
 GetTensor = Callable[[str], Tensor]

@@ -13,9 +13,9 @@ from pathlib import Path
 from torch import Tensor
 
 from eopc_compiler.config import LlamaConfig
-from eopc_compiler.export import WeightTable
 from eopc_compiler.ladder import Cut, Mask, column_cuts
 from eopc_compiler.quantize import Quantized
+from eopc_compiler.weight_table import WeightTable
 from eopc_compiler.weights import Entry, RowMatrix, Stored, WeightReader, WeightWriter
 
 

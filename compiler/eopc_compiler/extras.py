@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from eopc_compiler.config import LlamaConfig
-from eopc_compiler.export import WeightTable
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.model import Llama
@@ -26,6 +25,7 @@ from eopc_compiler.selector_fit import FittedChannels
 from eopc_compiler.storage import Storage
 from eopc_compiler.tier_repair import Repaired, Round
 from eopc_compiler.token_selector import PrunedPrompt
+from eopc_compiler.weight_table import WeightTable
 from eopc_compiler.weights import ColumnMatrix, Entry, Piece, WeightReader, WeightWriter
 
 EXTRAS_FILE = "extras.bin"

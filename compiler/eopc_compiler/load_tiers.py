@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from eopc_compiler.config import LayerDims, LlamaConfig
-from eopc_compiler.export import WeightTable, row_count, unit_count
 from eopc_compiler.model import Llama, Projection
 from eopc_compiler.prompt_pass import Pool, PromptPass
 from eopc_compiler.selector import ChannelSelector, Selector
 from eopc_compiler.token_selector import PromptPath
+from eopc_compiler.weight_table import WeightTable, row_count, unit_count
 from eopc_compiler.weights import ColumnMatrix, Entry, RowMatrix, Stored, WeightReader
 
 

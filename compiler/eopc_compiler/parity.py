@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from torch import Tensor, nn
 
-from eopc_compiler.model import Cache, Llama, Projection
+from eopc_compiler.model import Cache, Llama, Projection, Rows
 from eopc_compiler.prompt_pass import PromptPass
 from eopc_compiler.selector import ChannelSelector
 from eopc_runtime.bundle import Bundle
@@ -37,28 +38,46 @@ TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
 
 @dataclass(slots=True)
 class Reference:
-    """A tier in PyTorch: the model, the pass its prompts run through where that is another one, what that chooses."""
+    """A tier in PyTorch: the model, the pass its prompts run through where that is another one, what that chooses.
+
+    Args:
+        steps_round: single tokens read rounded inputs as prompts do; not where they run through a graph of their own.
+    """
 
     model: Llama
     prompt: PromptPass | None = None
     selector: ChannelSelector | None = None
+    steps_round: bool = True
 
+    @torch.no_grad()
     def logits(self, tokens: list[int]) -> npt.NDArray[np.float32]:
-        """Logits [len(tokens), vocab] of a sequence; behind a pruned prompt, only from its last token on."""
-        with torch.no_grad():
-            if self.prompt is None:
-                return self.model.score(torch.tensor([tokens]))[0].numpy()
-            cache = Cache.empty(self.model.config, len(tokens), torch.float32)
+        """Logits [len(tokens), vocab] of a sequence; behind a pruned prompt, only from its last token on.
+
+        Where steps do not round, inputs of the model are no longer rounded afterwards.
+        """
+        cache, found = Cache.empty(self.model.config, len(tokens), torch.float32), list[Tensor]()
+        rows: Rows = ()
+        if self.prompt is None:
+            found.append(self.model.step(cache, tokens[:PROMPT]))
+        else:
             energies = self.prompt.fill(cache, tokens[: PROMPT - 1])
             rows = self.selector(energies) if self.selector else ()
-            return self.model.step(cache, tokens[PROMPT - 1 :], rows).numpy()
+        if not self.steps_round:
+            unround(self.model)
+        found.append(self.model.step(cache, tokens[cache.length :], rows))
+        return torch.cat(found).numpy()
 
     def unround(self) -> None:
         """Leave inputs as they are from now on."""
         for part in filter(None, (self.model, self.prompt)):
-            for module in part.modules():
-                if isinstance(module, Projection):
-                    module.rounds = False
+            unround(part)
+
+
+def unround(model: nn.Module) -> None:
+    """Have every projection of a model read its inputs as they are."""
+    for module in model.modules():
+        if isinstance(module, Projection):
+            module.rounds = False
 
 
 def check_parity(
@@ -79,9 +98,8 @@ def check_parity(
     shipped = _error(_logits(OrtTier(bundle, info), tokens), reference.logits(tokens))
     release_memory()  # of the first session, before the second is opened
     reference.unround()
-    graph = without_rounded_inputs(bundle.path(info.graph).read_bytes())
-    prompt = without_rounded_inputs(bundle.path(info.prefill.graph).read_bytes()) if info.prefill else None
-    runner = OrtTier(bundle, info, exact=graph, exact_prefill=prompt)
+    paths = [path for path in info.graphs if info.selector is None or path != info.selector.graph]
+    runner = OrtTier(bundle, info, exact={path: without_rounded_inputs(bundle.graph(path)) for path in paths})
     exact = _error(_logits(runner, tokens), reference.logits(tokens))
     if not exact <= TOLERANCE[dtype]:
         raise ParityError(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 BLOCK_CHOICES = (64, 32, 16)
+SINGLE_BLOCKS = (128, 64, 32, 16)  # in graphs for single tokens: the fewer scales, the fewer bytes
 GPTQ_DAMPING = 0.05  # of the Hessian's mean diagonal; the published 0.01 fits short calibration text too closely
 LAZY_ROWS = 64  # rows whose updates to the rest of the matrix are applied at once
 STATIC_QUANTILE = 0.99
@@ -101,6 +102,18 @@ def choose_block(widths: set[int], grid: str | None) -> int | None:
     if grid == FP8:
         return None
     return next((b for b in BLOCK_CHOICES if all(w % b == 0 for w in widths) and (grid != "int4" or b <= 32)), None)
+
+
+def single_block(width: int) -> int:
+    """The inputs that share a scale in a graph for single tokens, where all of a column share one in the file.
+
+    Raises:
+        ValueError: the width divides into no block.
+    """
+    for block in SINGLE_BLOCKS:
+        if width % block == 0:
+            return block
+    raise ValueError(f"a width of {width} divides into no block of {SINGLE_BLOCKS}")
 
 
 def round_inputs(x: Tensor, scale: float, grid: str) -> Tensor:

@@ -27,7 +27,7 @@ from eopc_compiler.planner import TierPlan, dual
 from eopc_compiler.pricing import plan_energy
 from eopc_compiler.removals import removals
 from eopc_compiler.state import CompileState
-from eopc_compiler.tier_graphs import ANSWER, DECODE, GATHER, tier_path
+from eopc_compiler.tier_graphs import ANSWER, DECODE, GATHER, STEP, tier_path
 from eopc_compiler.tier_graphs import PROMPT as PROMPT_GRAPH
 from eopc_compiler.token_selector import PromptPath
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
@@ -152,7 +152,7 @@ def check_and_measure(state: CompileState) -> CompileState:
         state.say(f"checking {info.tier} against PyTorch, {STEPS} cached steps")
         config = extras.config(tier_config(state.config, tier.mask))
         table, context = state.table.with_extras(extras.table), state.args.context
-        reference = Reference(load_tier(config, table, reader, context))
+        reference = Reference(load_tier(config, table, reader, context), steps_round=info.step is None)
         if tier.prompt is not None:
             reference.prompt = load_prompt_pass(config, tier.prompt, table, reader, context)
         elif tier.selector is not None:
@@ -236,6 +236,7 @@ def manifest(state: CompileState, root: Path, table: EnergyTable) -> Manifest:
             parity={},
             prefill=_prefill_info(config, t, i),
             selector=SelectorInfo(tier_path(i, GATHER), *astuple(t.selector)) if t.selector else None,
+            step=tier_path(i, STEP) if state.storage.single_tokens else None,
         )
         for i, t in enumerate(state.plan)
     )

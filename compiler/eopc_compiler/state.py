@@ -12,12 +12,12 @@ from eopc_compiler.calibration import CalibrationSet, CalibSelect
 from eopc_compiler.checkpoint import Checkpoint
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.dialects import Dialect
-from eopc_compiler.export import WeightTable
 from eopc_compiler.extras import TierExtras
 from eopc_compiler.importance import Observations, Report
 from eopc_compiler.ladder import UnitOrder
 from eopc_compiler.planner import TierPlan
 from eopc_compiler.storage import Storage
+from eopc_compiler.weight_table import WeightTable
 from eopc_runtime.profiles import DeviceProfile
 
 if TYPE_CHECKING:

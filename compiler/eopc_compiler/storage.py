@@ -95,6 +95,11 @@ class Storage:
         return self.static_inputs and self.grid in ("int8", "int4")
 
     @property
+    def single_tokens(self) -> bool:
+        """Whether single tokens run through a graph of their own, whose inputs are as they are, scales in blocks."""
+        return self.exact_products and self.block is not None
+
+    @property
     def value_bytes(self) -> int:
         """Bytes of one value of the compute type: scales, caches, unquantised weights."""
         return {"float32": 4, "float16": 2}[self.dtype]

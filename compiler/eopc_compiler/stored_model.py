@@ -14,7 +14,6 @@ from torch import Tensor
 from eopc_compiler.assemble import write_weights
 from eopc_compiler.calibration import CalibrationSet
 from eopc_compiler.cut import cut_weights
-from eopc_compiler.export import WeightTable
 from eopc_compiler.extras import EXTRAS_SHARE, own_matrices, rounding
 from eopc_compiler.handover import Met, walk
 from eopc_compiler.importance import Report
@@ -29,6 +28,7 @@ from eopc_compiler.storage import Storage
 from eopc_compiler.tier_repair import RepairedTier, repair_tiers
 from eopc_compiler.token_fit import fit_token_scorers
 from eopc_compiler.token_selector import PromptPath, PrunedPrompt
+from eopc_compiler.weight_table import WeightTable
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
 from eopc_runtime import __version__
 from eopc_runtime.tier_info import PASS

@@ -1,9 +1,13 @@
-"""The graphs of one tier: one for both phases, or one for each where prompts run through a graph of their own."""
+"""The graphs of one tier.
+
+One for both phases, or one for each where prompts run through a graph of their own. Where inputs are rounded to codes,
+which pays for many tokens at once, one more for single tokens: the same weights, inputs as they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,11 +28,13 @@ class TierGraphs:
         answer: what every token of an answer runs through; prompts too, without the next.
         prompt: what all of a prompt but its last token runs through.
         gather: what turns a prompt's energies into weights.
+        step: what a single token runs through in place of `answer`.
     """
 
     answer: Path
     prompt: Path | None = None
     gather: Path | None = None
+    step: Path | None = None
 
     def in_bundle(self, index: int) -> dict[str, Path]:
         """The graphs by their paths in the bundle."""
@@ -36,10 +42,10 @@ class TierGraphs:
 
     def _parts(self) -> dict[str, Path | None]:
         name = ANSWER if self.prompt is None else DECODE
-        return {name: self.answer, PROMPT: self.prompt, GATHER: self.gather}
+        return {name: self.answer, PROMPT: self.prompt, GATHER: self.gather, STEP: self.step}
 
 
-ANSWER, DECODE, PROMPT, GATHER = "model.onnx", "decode.onnx", "prefill.onnx", "gather.onnx"
+ANSWER, DECODE, PROMPT, GATHER, STEP = "model.onnx", "decode.onnx", "prefill.onnx", "gather.onnx", "step.onnx"
 
 
 def tier_path(index: int, part: str) -> str:
@@ -50,8 +56,8 @@ def tier_path(index: int, part: str) -> str:
 def write_graphs(state: CompileState, index: int) -> TierGraphs:
     """Trace and write the graphs of a tier, each once for the same inputs."""
     assert state.dialect and state.storage and state.table and state.weights
-    tier, extras, full = state.plan[index], state.extras[index], state.config
-    target = Target(state.dialect, state.storage.dtype, state.args.context)
+    tier, extras, full, storage = state.plan[index], state.extras[index], state.config, state.storage
+    target = Target(state.dialect, storage.dtype, state.args.context)
     table = state.table.with_extras(extras.table)
     config, selector = extras.config(tier_config(full, tier.mask)), tier.selector
 
@@ -71,14 +77,20 @@ def write_graphs(state: CompileState, index: int) -> TierGraphs:
         }
         return state.cache.get(f"graph-t{index}-{part.removesuffix('.onnx')}", inputs, ".onnx", write)
 
-    if run := tier.prompt:  # it keeps everything: its answers run the graph of t0
+    def step(chosen: Sequence[int] = ()) -> Path | None:
+        if not storage.single_tokens:
+            return None
+        return written(STEP, lambda path: export_tier(config, target, table, path, chosen, single=True))
+
+    if run := tier.prompt:  # it keeps everything: its answers run the graphs of t0
         prompt = written(PROMPT, lambda path: export_prompt_pass(config, run, target, table, path))
-        return TierGraphs(state.graphs[0].answer, prompt)
+        return replace(state.graphs[0], prompt=prompt)
     if selector is None:
-        return TierGraphs(written(ANSWER, lambda path: export_tier(config, target, table, path)))
+        return TierGraphs(written(ANSWER, lambda path: export_tier(config, target, table, path)), step=step())
     shared, pools, every = state.table, selector.recorded, PromptPath(len(full.layers))
     return TierGraphs(
         written(DECODE, lambda path: export_tier(config, target, table, path, selector.chosen)),
         written(PROMPT, lambda path: export_prompt_pass(full, every, target, shared, path, pools)),
         written(GATHER, lambda path: export_selector(config, selector, target, table, path)),
+        step(selector.chosen),
     )

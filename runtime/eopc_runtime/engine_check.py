@@ -62,7 +62,7 @@ def check_against_ort(
         raise PromptError(f"the text has {len(ids)} tokens; a check needs at least {2 * PROMPTS}. Give a longer text.")
     info = bundle.tier(tier)
     # with `exact` ONNX Runtime keeps activations in floating point, as TensorRT does
-    reference = OrtTier(bundle, info, threads, exact=bundle.graph(info.graph))
+    reference = OrtTier(bundle, info, threads, exact={info.graph: bundle.graph(info.graph)})
     pairs = zip(read_along(pool.get(tier), ids), read_along(reference, ids), strict=True)
     return summarise(list(pairs))
 

@@ -124,12 +124,13 @@ class TierInfo:
     proxy: Mapping[str, object] = field(default_factory=dict)  # of a build by TensorRT-RTX, or why there was none
     prefill: PrefillInfo | None = None  # where prompts run through a graph of their own
     selector: SelectorInfo | None = None  # where some channels are chosen after the prompt
+    step: str | None = None  # the graph of single tokens, where those run through one of their own on a CPU
 
     @property
     def graphs(self) -> tuple[str, ...]:
         """Paths of all graphs of the tier."""
-        own = (self.prefill, self.selector)
-        return (self.graph, *(part.graph for part in own if part is not None))
+        own = (part.graph for part in (self.prefill, self.selector) if part is not None)
+        return (self.graph, *own, *((self.step,) if self.step is not None else ()))
 
     @classmethod
     def from_fields(cls, fields: Fields) -> TierInfo:
@@ -154,6 +155,7 @@ class TierInfo:
             proxy=fields.mapping("proxy") if "proxy" in fields else {},
             prefill=PrefillInfo.from_fields(fields) if "prefill" in fields else None,
             selector=SelectorInfo.from_fields(fields, layers) if "selector" in fields else None,
+            step=fields.text_or_none("step") if "step" in fields else None,
         )
         fields.done()
         if (tier.prefill is None) != (tier.cost.prefill is None):

@@ -13,19 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from eopc_compiler import export as export_module
 from eopc_compiler.assemble import write_weights
 from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import DIALECTS
-from eopc_compiler.export import WeightTable, export_tier
+from eopc_compiler.export import export_tier
 from eopc_compiler.importance import observe
+from eopc_compiler.initializers import PREFIX
 from eopc_compiler.ladder import Mask, full_mask, tier_config
 from eopc_compiler.load_tiers import load_tier
 from eopc_compiler.model import Cache, Llama, Projection, build_model, causal_mask
 from eopc_compiler.parity import without_rounded_inputs
 from eopc_compiler.storage import Storage
+from eopc_compiler.tier_graphs import STEP
 from eopc_compiler.tracing import Target, trace
+from eopc_compiler.weight_table import WeightTable
 from eopc_compiler.weights import WeightReader
 from eopc_runtime.graph_check import read_graph
 
@@ -63,9 +65,9 @@ class Ladder:
     bytes_by_type: dict[str, int]
     kind: tuple[str, str, str]
 
-    def graph(self, tier: int) -> Any:
+    def graph(self, tier: int, name: str = "model.onnx") -> Any:
         """The graph's protobuf, external data left where it is."""
-        return onnx.load(self.root / f"tiers/t{tier}/model.onnx", load_external_data=False)
+        return onnx.load(self.root / f"tiers/t{tier}/{name}", load_external_data=False)
 
     def reference(self, tier: int) -> Llama:
         """The tier in PyTorch, fp32, from the same bytes."""
@@ -84,13 +86,13 @@ class Ladder:
 class Runner:
     """A tier in ONNX Runtime, fed as the graph contract says, with unbound buffers and inputs that are not rounded."""
 
-    def __init__(self, ladder: Ladder, tier: int, rounded: bool = False) -> None:
+    def __init__(self, ladder: Ladder, tier: int, rounded: bool = False, name: str = "model.onnx") -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         # 1: activations stay floating point, so that what differs is the order of sums
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(ladder.root))
-        data = (ladder.root / f"tiers/t{tier}/model.onnx").read_bytes()
+        data = (ladder.root / f"tiers/t{tier}/{name}").read_bytes()
         if not rounded:
             data = without_rounded_inputs(data)
         self.session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
@@ -144,8 +146,10 @@ def write_ladder(
     )
     if graphs:
         for tier, mask in enumerate(masks):
-            path = root / f"tiers/t{tier}/model.onnx"
-            export_tier(tier_config(config, mask), Target(dialect, storage.dtype, CONTEXT), table, path)
+            folder, target = root / f"tiers/t{tier}", Target(dialect, storage.dtype, CONTEXT)
+            export_tier(tier_config(config, mask), target, table, folder / "model.onnx")
+            if storage.single_tokens:
+                export_tier(tier_config(config, mask), target, table, folder / STEP, single=True)
     return Ladder(root, config, masks, table, bytes_by_type, (kind[0], storage.dtype, kind[2]))
 
 
@@ -167,9 +171,11 @@ def tolerance(kind: tuple[str, str, str]) -> float:
     return 1e-4 if kind[2] == "fp32" else 1e-3
 
 
-def deviations(ladder: Ladder, tier: int, ids: list[int], capacity: int) -> tuple[float, float]:
+def deviations(
+    ladder: Ladder, tier: int, ids: list[int], capacity: int, name: str = "model.onnx"
+) -> tuple[float, float]:
     """Largest relative deviation of logits, and of the caches, over a prefill and teacher-forced steps."""
-    model, runner = ladder.unrounded(tier), Runner(ladder, tier)
+    model, runner = ladder.unrounded(tier), Runner(ladder, tier, name=name)
     theirs, ours = Cache.empty(model.config, capacity, torch.float32), runner.cache(capacity)
     want = [model.step(theirs, ids[:PROMPT]).numpy()]
     logits, ours = runner.forward(ours, ids[:PROMPT], 0, list(range(PROMPT)))
@@ -211,6 +217,39 @@ def test_graph_equals_torch_over_prefill_and_eight_cached_steps(ladder: Ladder, 
     logits, caches = deviations(ladder, tier, random_ids(ladder.config), capacity=24)
     assert logits < tolerance(ladder.kind)
     assert caches < tolerance(ladder.kind)
+
+
+@pytest.fixture(scope="module", params=KINDS[-2:], ids="-".join)
+def codes(
+    request: pytest.FixtureRequest, make_tiny: MakeTiny, cached_traces: None, tmp_path_factory: pytest.TempPathFactory
+) -> Ladder:
+    """The ladder where inputs are rounded to codes, so that single tokens have graphs of their own."""
+    config, tensors = make_tiny()
+    return write_ladder(tmp_path_factory.mktemp("codes"), config, tensors, request.param, (full_mask(config), PRUNED))
+
+
+@pytest.mark.parametrize("tier", [0, 1], ids=["t0", "t1"])
+def test_the_graph_of_single_tokens_computes_the_same_with_inputs_as_they_are(codes: Ladder, tier: int) -> None:
+    """Its logits and caches are PyTorch's on the same bytes: it reads no other than the graph of prompts."""
+    assert "QuantizeLinear" not in {n.op_type for n in codes.graph(tier, STEP).graph.node}
+    assert max(deviations(codes, tier, random_ids(codes.config), 24, STEP)) < tolerance(codes.kind)
+    prompts, steps = (external_ranges(codes.graph(tier, name)) for name in ("model.onnx", STEP))
+    assert set(steps.values()) == set(prompts.values())
+    read_graph(codes.root, f"tiers/t{tier}/{STEP}", {"weights.bin": (codes.root / "weights.bin").stat().st_size})
+
+
+def test_onnx_runtime_reads_every_matrix_of_single_tokens_by_its_codes(codes: Ladder) -> None:
+    """Five fused products a tier's layer, gate and up in one, and the head's: none on weights that were unpacked."""
+    for tier, mask in enumerate(codes.masks):
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(codes.root))
+        options.optimized_model_filepath = str(codes.root / "optimized.onnx")
+        graph = (codes.root / f"tiers/t{tier}/{STEP}").read_bytes()
+        ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(codes.root / "optimized.onnx", load_external_data=False).graph.node
+        products = [n.op_type for n in nodes if "MatMul" in n.op_type and "hadamard_32" not in n.input]
+        assert products == ["MatMulNBits"] * (4 * len(mask.layers) + 1)
 
 
 def test_quantised_tiers_stay_close_to_the_dense_model(ladder: Ladder, make_tiny: MakeTiny) -> None:
@@ -395,8 +434,8 @@ def test_no_two_parameters_are_merged_whatever_memory_holds(
     monkeypatch.setattr(Llama, "to_empty", filled)
     config, _ = make_tiny(attention_bias=True, mlp_bias=True)
     model = trace(tier_config(config, PRUNED), Target(DIALECTS["native"], "float32", CONTEXT))
-    kept = {name for name in model.graph.initializers if name.startswith(export_module.PREFIX)}
+    kept = {name for name in model.graph.initializers if name.startswith(PREFIX)}
     with torch.device("meta"):
         whole = Llama(tier_config(config, PRUNED), context=CONTEXT).fuse()
     names = {name for name, _ in (*whole.named_parameters(), *whole.named_buffers())}
-    assert kept == {export_module.PREFIX + name for name in names}
+    assert kept == {PREFIX + name for name in names}

@@ -51,7 +51,7 @@ def expect_paris(root: Path, text: str) -> None:
 
         def __init__(self, bundle: Bundle) -> None:
             graph = without_rounded_inputs(bundle.path(bundle.tier("t0").graph).read_bytes())
-            self.tier = OrtTier(bundle, bundle.tier("t0"), exact=graph)
+            self.tier = OrtTier(bundle, bundle.tier("t0"), exact={bundle.tier("t0").graph: graph})
 
         def get(self, _tier: str) -> OrtTier:
             return self.tier

@@ -17,6 +17,11 @@ def weight_bytes(info: TierInfo) -> int:
     return info.cost.weight_bytes + (info.cost.prefill.weight_bytes if info.cost.prefill else 0)
 
 
+def step_bytes(info: TierInfo) -> int:
+    """Weights it holds beside them for single tokens, if those have a graph of their own; it answers without."""
+    return 0 if info.step is None else info.cost.weight_bytes
+
+
 def cache_bytes(manifest: Manifest, info: TierInfo, tokens: int) -> int:
     """Keys and values of so many tokens."""
     return 2 * tokens * manifest.value_bytes * manifest.model.head_dim * sum(layer.kv_heads for layer in info.layers)

@@ -1,22 +1,23 @@
 """The ONNX Runtime runner: keys and values stay in bound buffers, and grow with the sequence, not with the context.
 
-One tier is one `InferenceSession` over the tier's model.onnx. The cache buffers are bound as input *and* output of the
+One tier is one `InferenceSession` over the tier's model.onnx, and one more where single tokens, or prompts, run through
+a graph of their own. The cache buffers are bound as input *and* output of the
 graph's in-place cache write, so a decode step copies no cache. Their capacity follows the length in steps of
 `GROWTH` slots: a step attends over what is used (rounded up), never over the whole context.
 
 Loaded tiers hold their weights packed for the CPU's kernels; ONNX Runtime cannot share packed weights between
-sessions. The pool therefore keeps tiers loaded up to a byte limit (1.4 x the largest tier by default) and lets the
-least recently used go. Loading a tier again costs a fraction of a second: the file stays in the page cache.
+sessions: a tier with a graph for single tokens holds them twice. The pool therefore keeps tiers loaded up to a byte
+limit (1.4 x the largest tier by default) and lets the least recently used go. Loading a tier again costs a fraction of
+a second: the file stays in the page cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from eopc_runtime.bundle import Bundle
 from eopc_runtime.cpu_features import int8_products_overflow
@@ -27,6 +28,7 @@ from eopc_runtime.runners.base import Logits, Wanted, adoption, causal_mask, che
 from eopc_runtime.runners.fit import require_room
 from eopc_runtime.runners.ort_selector import Chosen, Selector, bind_energies
 from eopc_runtime.runners.ort_session import check_interface, check_selector, execute
+from eopc_runtime.runners.ort_step import StepBinding, bind_weights
 from eopc_runtime.tier_info import PASS, TierInfo
 
 GROWTH = 128  # slots a cache grows by; each growth copies the used part once
@@ -42,7 +44,7 @@ class OrtCache:
     capacity: int
     keys: list[Any]  # arrays whose own memory onnxruntime binds; OrtValues on a GPU
     values: list[Any]
-    decode_binding: Any = None  # reused from step to step while the buffers stay the same
+    decode_binding: StepBinding | None = None  # reused from step to step while the buffers stay the same
     chosen: Chosen | None = None  # of a tier that chooses weights by its prompt
 
     @property
@@ -66,55 +68,65 @@ class OrtTier:
         bundle: Bundle,
         info: TierInfo,
         threads: int | None = None,
-        exact: bytes | None = None,
-        exact_prefill: bytes | None = None,
+        exact: Mapping[str, bytes] | None = None,
         providers: Sequence[str] = (),
+        own_steps: bool = True,
     ) -> None:
-        """Load a tier; with `exact`, a graph to run in place of the tier's own on floating-point activations.
+        """Load a tier.
 
-        `exact_prefill` is the same for the graph of a tier that prunes its prefill.
-
-        `providers` come before the CPU, which is always the last.
+        Args:
+            exact: graphs by path, to run on floating-point activations in place of the tier's own.
+            providers: come before the CPU, which is always the last.
+            own_steps: run single tokens through the tier's graph for them if it has one, which holds all weights anew.
         """
         ort = import_onnxruntime()
         manifest = bundle.manifest
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads:
-            options.intra_op_num_threads = threads
-        # 8-bit products for weight-only matrices, unless activations are to stay in floating point
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if exact else "4")
-        # graphs name weights.bin relative to the bundle, and ONNX Runtime lets no path leave the folder given here
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(bundle.root.resolve())
-        )
-        graph = exact or bundle.graph(info.graph)
-        rounds = rounds_inputs(graph) and not providers and manifest.precision != "fp8"
-        self.in_floating_point = rounds and not manifest.exact_products and int8_products_overflow()
-        if self.in_floating_point:  # exact, but slower and with unpacked weights
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        level = "1" if exact else "4"  # 8-bit products for weight-only matrices, unless activations are to stay
 
-        def load(path: str, content: bytes) -> Any:
+        def content(path: str) -> bytes:
+            return exact[path] if exact and path in exact else bundle.graph(path)
+
+        rounds = rounds_inputs(content(info.graph)) and not providers and manifest.precision != "fp8"
+        self.in_floating_point = rounds and not manifest.exact_products and int8_products_overflow()
+
+        def load(path: str, rests: bool = False) -> Any:
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+            if threads:
+                options.intra_op_num_threads = threads
+            # graphs name weights.bin relative to the bundle, and ONNX Runtime lets no path leave the folder given here
+            root = str(bundle.root.resolve())
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", root)
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
+            if self.in_floating_point:  # exact, but slower and with unpacked weights
+                options.add_session_config_entry("session.disable_quant_qdq", "1")
+            if rests:  # its threads would wait busily for milliseconds, on the cores of another session's
+                options.add_session_config_entry("session.force_spinning_stop", "1")
             try:
-                return ort.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
+                return ort.InferenceSession(content(path), options, providers=[*providers, "CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises many types; none means anything to a user
                 raise BundleError(
                     f"ONNX Runtime {ort.__version__} cannot load {path}: {shown(str(error).strip())} "
                     f"This graph needs opset {manifest.opset}; upgrade onnxruntime or rebuild the bundle."
                 ) from error
 
-        self._session = load(info.graph, graph)
+        self.own_steps = own_steps or info.step is None
+        step = info.step if own_steps and not providers and (exact is None or info.step in exact) else None
+        self._session = self._step_session = load(info.graph, rests=step is not None)
         check_interface(self._session, manifest, info, info.graph)
+        if step is not None:
+            release_memory()  # what loading left behind, before more is loaded
+            self._step_session = load(step)
+            check_interface(self._step_session, manifest, info, step)
         self._prompt_session: Any = None
         if info.prefill is not None:
-            prompt = exact_prefill or bundle.graph(info.prefill.graph)
-            self._prompt_session = load(info.prefill.graph, prompt)
+            self._prompt_session = load(info.prefill.graph, rests=True)
             check_interface(self._prompt_session, manifest, info, info.prefill.graph)
             self._prompt_outputs = frozenset(x.name for x in self._prompt_session.get_outputs())
         self._selector: Selector | None = None
         if info.selector is not None:
-            gather = load(info.selector.graph, bundle.graph(info.selector.graph))
-            check_selector(self._session, gather, manifest, info)
+            gather = load(info.selector.graph)
+            check_selector(self._step_session, gather, manifest, info)
             self._selector = Selector(gather, self.device)
         release_memory()  # loading leaves unpacked copies behind: on a 135M model 60 to 90 MB of 330
         self._ort = ort
@@ -215,12 +227,19 @@ class OrtTier:
         """One token through buffers that are bound once and updated in place."""
         step = cache.decode_binding
         if step is None or step.mark is not self.mark:  # the tier may have been let go and loaded again since
-            step = cache.decode_binding = _DecodeBinding.create(self, cache)
+            step = cache.decode_binding = self._bind_step(cache)
         step.ids[0, 0], step.positions[0, 0], step.write[0] = token, cache.length, cache.length
         step.mask[..., : cache.length + 1] = 0.0
-        execute(self._session, step.binding, self.tier)
+        execute(self._step_session, step.binding, self.tier)
         cache.length += 1
         return step.logits[0]  # type: ignore[no-any-return]
+
+    def _bind_step(self, cache: OrtCache) -> StepBinding:
+        binding = self._step_session.io_binding()
+        self._bind_cache(binding, cache)
+        bind_weights(binding, cache)
+        mask = causal_mask(cache.length, 1, cache.capacity, self._dtype)
+        return StepBinding.create(self.mark, binding, self._ort.OrtValue.ortvalue_from_numpy, mask, self._vocab)
 
     def adopt(self, cache: OrtCache) -> OrtCache:
         """See `TierRunner.adopt`; copies the kept heads of the kept layers, in use only."""
@@ -267,52 +286,6 @@ class OrtTier:
     def _shared(self, buffer: Any) -> Any:
         """A cache buffer as an OrtValue on the same memory."""
         return self._ort.OrtValue.ortvalue_from_numpy(buffer)
-
-
-@dataclass(slots=True)
-class _DecodeBinding:
-    """Inputs and outputs of a decode step, as NumPy views on the bound buffers."""
-
-    mark: object  # of the loaded tier that it was made for
-    binding: Any
-    ids: npt.NDArray[np.int64]
-    positions: npt.NDArray[np.int64]
-    write: npt.NDArray[np.int64]
-    mask: npt.NDArray[Any]
-    logits: npt.NDArray[np.float32]
-
-    @classmethod
-    def create(cls, tier: OrtTier, cache: OrtCache) -> _DecodeBinding:
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "input_ids": np.zeros((1, 1), dtype=np.int64),
-            "position_ids": np.zeros((1, 1), dtype=np.int64),
-            "write_index": np.zeros(1, dtype=np.int64),
-            "attn_mask": causal_mask(cache.length, 1, cache.capacity, tier._dtype),
-            "logits_index": np.zeros(1, dtype=np.int64),
-        }
-        logits = np.zeros((1, 1, tier._vocab), dtype=np.float32)
-        share = tier._ort.OrtValue.ortvalue_from_numpy  # shares the array's memory
-        binding = tier._session.io_binding()
-        for name, array in arrays.items():
-            binding.bind_ortvalue_input(name, share(array))
-        tier._bind_cache(binding, cache)
-        bind_weights(binding, cache)
-        binding.bind_ortvalue_output("logits", share(logits))
-        return cls(
-            tier.mark,
-            binding,
-            arrays["input_ids"],
-            arrays["position_ids"],
-            arrays["write_index"],
-            arrays["attn_mask"],
-            logits,
-        )
-
-
-def bind_weights(binding: Any, cache: OrtCache) -> None:
-    """Bind the weights that were gathered for a sequence, if its tier has any."""
-    for name, value in (cache.chosen.weights if cache.chosen else {}).items():
-        binding.bind_ortvalue_input(name, value)
 
 
 def rounds_inputs(graph: bytes) -> bool:

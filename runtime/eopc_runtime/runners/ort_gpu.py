@@ -17,6 +17,7 @@ import numpy as np
 from eopc_runtime.bundle import Bundle
 from eopc_runtime.errors import DeviceError
 from eopc_runtime.runners.base import Logits, adoption
+from eopc_runtime.runners.fit import weight_bytes
 from eopc_runtime.runners.ort import OrtCache, OrtTier
 from eopc_runtime.runners.ort_pool import OrtPool
 from eopc_runtime.tier_info import TierInfo
@@ -94,6 +95,9 @@ class OrtGpuPool(OrtPool):
 
     def _load(self, info: TierInfo) -> OrtTier:
         return OrtGpuTier(self._bundle, info, self._threads, self._providers)
+
+    def _loaded_bytes(self, info: TierInfo) -> int:
+        return weight_bytes(info)
 
 
 def check_providers(found: Sequence[str], asked: Sequence[str], ort: Any) -> None:

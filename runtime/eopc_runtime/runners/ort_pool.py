@@ -6,13 +6,17 @@ from collections import OrderedDict
 
 from eopc_runtime.bundle import Bundle
 from eopc_runtime.memory import left_bytes, release_memory
-from eopc_runtime.runners.fit import require_fit, tier_bytes, weight_bytes
+from eopc_runtime.runners.fit import require_fit, step_bytes, tier_bytes, weight_bytes
 from eopc_runtime.runners.ort import GROWTH, OrtTier
 from eopc_runtime.tier_info import TierInfo
 
 NO_VNNI = (
     "this CPU has no VNNI, without which int8 products of this bundle's codes overflow, so they run in floating point: "
     "slower, and in more memory. Build it anew: bundles now hold codes that never overflow."
+)
+STEPS_DO_NOT_FIT = (
+    "the memory left does not hold this bundle's weights a second time, as single tokens need them, so these run "
+    "through the graph of prompts: the same answers but for rounding, slower. Close other programs for the full speed."
 )
 
 RESIDENT_FACTOR = 1.4  # loaded weights may reach this multiple of the largest tier's
@@ -25,9 +29,8 @@ class OrtPool:
     def __init__(self, bundle: Bundle, threads: int | None = None, max_resident_bytes: int | None = None) -> None:
         self._bundle, self._threads = bundle, threads
         self._loaded: OrderedDict[str, OrtTier] = OrderedDict()
-        self._bytes = {t.tier: weight_bytes(t) for t in bundle.manifest.tiers}
-        largest = max(t.cost.weight_bytes for t in bundle.manifest.tiers)
-        self._limit = max_resident_bytes or int(RESIDENT_FACTOR * largest)
+        self._bytes = {t.tier: self._loaded_bytes(t) for t in bundle.manifest.tiers}
+        self._limit = max_resident_bytes or int(RESIDENT_FACTOR * max(self._bytes.values()))
         self._require(min(bundle.manifest.tiers, key=lambda t: tier_bytes(bundle.manifest, t, GROWTH)))
 
     def get(self, tier: str) -> OrtTier:
@@ -56,7 +59,12 @@ class OrtPool:
         return True
 
     def _load(self, info: TierInfo) -> OrtTier:
-        return OrtTier(self._bundle, info, self._threads)
+        left, needed = left_bytes(), tier_bytes(self._bundle.manifest, info, GROWTH) + step_bytes(info)
+        fits = left is None or needed <= left
+        return OrtTier(self._bundle, info, self._threads, own_steps=fits)
+
+    def _loaded_bytes(self, info: TierInfo) -> int:
+        return weight_bytes(info) + step_bytes(info)
 
     def _require(self, info: TierInfo) -> None:
         """Refuse a tier that does not fit; whatever is freed only by the collector is freed first."""
@@ -69,7 +77,8 @@ class OrtPool:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of how the loaded tiers run."""
         slow = any(tier.in_floating_point for tier in self._loaded.values())
-        return (NO_VNNI,) if slow else ()
+        steps = any(not tier.own_steps for tier in self._loaded.values())
+        return (NO_VNNI,) * slow + (STEPS_DO_NOT_FIT,) * steps
 
     @property
     def resident(self) -> tuple[str, ...]:

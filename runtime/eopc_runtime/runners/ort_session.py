@@ -43,7 +43,7 @@ def check_interface(session: Any, manifest: Manifest, info: TierInfo, graph: str
     ]
     found = [(x.name, x.shape[1], x.shape[3], x.type) for x in session.get_inputs() if "_cache_" in x.name]
     vocab = [x.shape[-1] for x in session.get_outputs() if x.name == "logits"]
-    expected = [manifest.model.vocab_size] if graph == info.graph else []
+    expected = [manifest.model.vocab_size] if graph in (info.graph, info.step) else []
     if sorted(caches) != sorted(found) or vocab != expected:
         raise BundleError(
             f"{graph} is not the graph that manifest.json describes as {info.tier} (its layers, heads, vocabulary "

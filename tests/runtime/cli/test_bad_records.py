@@ -16,7 +16,7 @@ from .conftest import write_bundle
 Eopc = Callable[..., Result]
 FREE = frozenset({"tools", "calibration", "parity", "proxy", "perplexity_by_domain"})
 # A reader has a default for these, so that bundles from before they were there open.
-OPTIONAL = frozenset({"prefill", "selector", "proxy", "gather_bytes", "own_prompts", "exact_products"})
+OPTIONAL = frozenset({"prefill", "selector", "proxy", "gather_bytes", "own_prompts", "exact_products", "step"})
 SIZES = ("bytes", "weight_bytes", "energy_j", "vocab_size", "context", "margin", "step_j0", "source_layer", "schema")
 
 
