@@ -106,30 +106,41 @@ def column_cuts(config: LlamaConfig, dims: LayerDims, masks: Sequence[Mask]) -> 
 
 
 def tier_cost(
-    config: LlamaConfig, mask: Mask, bytes_per_weight: Callable[[str, int], float], cache_bytes: int
+    config: LlamaConfig,
+    mask: Mask,
+    bytes_per_weight: Callable[[str, int], float],
+    cache_bytes: int,
+    turned: Callable[[str, int], int] = lambda _name, _layer: 0,
 ) -> TierCost:
     """Count what a tier costs: bytes read per decode step, bytes of cache per token, FLOPs.
 
     Args:
         bytes_per_weight: stored bytes per element, scales included, by matrix name and source layer (-1: the head).
         cache_bytes: bytes per cache element.
+        turned: inputs that are mixed with each input before the matrix reads it, by the same; 0 where none are.
     """
     layers = [(name, d.source_layer, k, n) for d in mask.layers for name, (k, n) in matrix_shapes(config, d).items()]
     sizes = [*layers, ("lm_head", -1, config.hidden_size, config.vocab_size)]
-    matrices, head = sum(k * n for _, _, k, n in layers), config.hidden_size * config.vocab_size
+    products = sum(k * (n + turned(name, source)) for name, source, k, n in layers)
+    head = config.hidden_size * config.vocab_size
     kv_heads = sum(d.num_key_value_heads for d in mask.layers)
     return TierCost(
         layers=len(mask.layers),
         weight_bytes=round(sum(k * n * bytes_per_weight(name, source) for name, source, k, n in sizes)),
         kv_bytes_per_token=2 * kv_heads * config.head_dim * cache_bytes,
-        flops_per_token=2.0 * matrices,
+        flops_per_token=2.0 * products,
         head_flops=2.0 * head,
         attn_flops_per_context=4.0 * config.head_dim * kv_heads * config.query_group_size,
     )
 
 
 def prompt_cost(
-    config: LlamaConfig, mask: Mask, path: PromptPath, bytes_per_weight: Callable[[str, int], float], cache_bytes: int
+    config: LlamaConfig,
+    mask: Mask,
+    path: PromptPath,
+    bytes_per_weight: Callable[[str, int], float],
+    cache_bytes: int,
+    turned: Callable[[str, int], int] = lambda _name, _layer: 0,
 ) -> TierCost:
     """Count what the graph costs that runs prompts through part of the layers: no head, and K and V of the others.
 
@@ -146,15 +157,21 @@ def prompt_cost(
         ("self_attn.qkv_proj", d.source_layer, config.hidden_size, 2 * d.num_key_value_heads * config.head_dim)
         for d in skipped
     ]
-    matrices = sum(k * n for _, _, k, n in sizes) + config.hidden_size * len(some)  # of a token; a score is a product
-    spared = sum(k * n for d in some for name, (k, n) in matrix_shapes(config, d).items() if "qkv" not in name)
+    products = sum(k * (n + turned(name, source)) for name, source, k, n in sizes)  # of a token
+    products += config.hidden_size * len(some)  # a score is one
+    spared = sum(
+        k * (n + turned(name, d.source_layer))
+        for d in some
+        for name, (k, n) in matrix_shapes(config, d).items()
+        if "qkv" not in name
+    )
     attending, choosing = (
         tier_cost(config, Mask(part), bytes_per_weight, cache_bytes).attn_flops_per_context for part in (every, some)
     )
     return replace(
         whole,
         weight_bytes=round(sum(k * n * bytes_per_weight(name, source) for name, source, k, n in sizes)),
-        flops_per_token=2.0 * (matrices - (1 - run) * spared) + (1 - run) * once * choosing,
+        flops_per_token=2.0 * (products - (1 - run) * spared) + (1 - run) * once * choosing,
         head_flops=2.0 * spared * once,
         attn_flops_per_context=attending + run * (2 - run) * choosing,
     )

@@ -113,9 +113,10 @@ class Storage:
             path: how its prompts run; None for through all layers.
             selector: of channels beside those of the mask, whose weights are gathered in the compute type.
         """
-        cost = tier_cost(config, mask, self.bytes_per_weight, self.value_bytes)
+        per_matrix = self.bytes_per_weight, self.value_bytes, self._turned
+        cost = tier_cost(config, mask, *per_matrix)
         if path is not None:
-            return replace(cost, prefill=prompt_cost(config, mask, path, self.bytes_per_weight, self.value_bytes))
+            return replace(cost, prefill=prompt_cost(config, mask, path, *per_matrix))
         if selector is None:
             return cost
         chosen = 3 * config.hidden_size * sum(selector.chosen)
@@ -124,9 +125,13 @@ class Storage:
             cost,
             weight_bytes=cost.weight_bytes + chosen * self.value_bytes,
             flops_per_token=cost.flops_per_token + 2.0 * chosen,
-            prefill=prompt_cost(config, whole, every, self.bytes_per_weight, self.value_bytes),
+            prefill=prompt_cost(config, whole, every, *per_matrix),
             gather_bytes=2 * chosen * self.value_bytes,  # read, and written
         )
+
+    def _turned(self, name: str, layer: int) -> int:
+        group = self.token_group_of(name, layer) or 1
+        return group if group > 1 else 0
 
     def _normed(self, name: str) -> bool:
         return self.static_inputs and any(kind in name for kind in NORMED)

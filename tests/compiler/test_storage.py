@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from eopc_compiler.cache import StageCache
 from eopc_compiler.checkpoint import open_checkpoint
+from eopc_compiler.config import LlamaConfig
 from eopc_compiler.dialects import DIALECTS
+from eopc_compiler.ladder import full_mask
+from eopc_compiler.model import Llama
 from eopc_compiler.pricing import storage_for
 from eopc_compiler.quantize import PAIRED
 from eopc_compiler.state import BuildArgs, CompileState
 from eopc_compiler.storage import Storage
 from eopc_runtime.profiles import load_profile
+
+MakeTiny = Callable[..., tuple[LlamaConfig, dict[str, Tensor]]]
 
 
 @pytest.mark.parametrize(
@@ -47,3 +56,21 @@ def test_every_matrix_of_a_layer_reads_codes_and_the_head_does_not() -> None:
     assert {(storage.grid_of(n, 3), storage.block_of(n, 3)) for n in static} == {(PAIRED, None)}
     assert (storage.grid_of("lm_head", -1), storage.block_of("lm_head", -1)) == ("int8", 64)
     assert storage.exact_products
+
+
+def test_turning_channels_is_priced_as_it_is_counted(make_tiny: MakeTiny) -> None:
+    """Product by product in PyTorch, for a token: the matrices, and the channels of every layer by 32 x 32."""
+    config, _ = make_tiny()
+    storage = Storage("int8", "float32", 64, static_inputs=True, token_group=32)
+    with torch.device("meta"):
+        model = Llama(config).fuse()
+        for block in model.blocks:
+            block.mlp.down_proj.token_group = 32
+        hidden = torch.zeros(1, 1, config.hidden_size)
+        with FlopCounterMode(display=False) as counter:
+            for block in model.blocks:
+                block.mlp(hidden)
+                assert block.self_attn.qkv_proj
+                block.self_attn.qkv_proj(hidden)
+                block.self_attn.o_proj(torch.zeros(1, 1, block.self_attn.o_proj.weight.shape[0]))
+    assert storage.cost(config, full_mask(config)).flops_per_token == counter.get_total_flops()
