@@ -5,8 +5,8 @@ have to go follow from the curves of `importance.py` by loss added per joule sav
 candidate's objective is nats per token: the measured continuation loss with its layers left out, behind the cache that
 the whole model has filled, plus what its curves say of the units cut. That ranks sets of layers, but misjudges depth
 against width, as repair mends a missing layer better than a narrow one. So finalists of every depth, from width alone
-to depth alone, are repaired and measured for real; the heuristic's own best is always among them, so the result is
-never worse than the start.
+to depth alone, are repaired and measured for real, and the best of them again on all text; the heuristic's own best is
+always among them, so the result is never worse than the start.
 
 Prices come from one function; nothing here knows a device.
 """
@@ -34,6 +34,7 @@ Loss = Callable[[Mask], float]  # nats per continuation token
 
 LAYER_STEPS = 8  # candidates of the heuristic differ by how many layers they drop
 LEAST_LAYERS = 1 / 6  # share of the layers that every tier keeps
+RUN_OFF, CLOSE = 3, 0.05  # finalists at most that are repaired on all text, within so many nats of the best
 EMPTY = Mask(())
 
 
@@ -85,8 +86,9 @@ class Objective:
         curves: of every source layer, on the whole model.
         price: joules of the reference workload under a mask.
         measured: continuation loss of a mask that only leaves layers out.
-        repaired: continuation loss of any mask once repaired; dear.
+        repaired: continuation loss of any mask once repaired on part of the text; dear.
         align: FFN channels go this many at a time.
+        shipped: the same of several masks repaired on all text, as they ship; dearer.
     """
 
     curves: Sequence[LayerCurves]
@@ -94,6 +96,7 @@ class Objective:
     measured: Loss
     repaired: Loss
     align: int
+    shipped: Callable[[Sequence[Mask]], Sequence[float]]
 
     def predicted(self, mask: Mask) -> float:
         """Nats per token: layers left out as measured, units cut as the curves say."""
@@ -224,7 +227,21 @@ class _Search:
         self._repair([min(filter(None, steps), key=lambda row: row[0])[1]])
         most = len(self._best().layers)
         self._repair([next(m for _, m in self._ranked() if len(m.layers) <= most)])
-        return self._best()
+        return self._run_off()
+
+    def _run_off(self) -> Mask:
+        """Of the finalists that lose about the same, the one that loses least when it is repaired on all text.
+
+        More text mends missing layers better than narrow ones, so the order of neighbours in depth changes with it.
+        """
+        best, *others = sorted(self.losses, key=lambda mask: self.losses[mask])
+        close = [best, *(m for m in others[: RUN_OFF - 1] if self.losses[m] < self.losses[best] + CLOSE)]
+        if len(close) == 1:
+            return best
+        losses = dict(zip(close, self.objective.shipped(close), strict=True))
+        for mask, loss in losses.items():
+            self._say(f"{len(mask.layers)} layers measured on all text, {loss:.3f} nats")
+        return min(close, key=losses.__getitem__)
 
     def _repair(self, masks: Sequence[Mask]) -> None:
         for mask in masks:

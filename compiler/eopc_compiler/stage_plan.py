@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -74,7 +75,11 @@ def plan_tiers(state: CompileState) -> CompileState:
         def finalist(mask: Mask) -> float:
             return repaired(selection, mask, walk())
 
-        objective = Objective(state.observations.curves, price, measured, finalist, state.align)
+        def shipped(masks: Sequence[Mask]) -> list[float]:
+            tiers = repair(state, model, masks, report=state.counter("repairing the best candidates"))
+            return [mean(selection.of_tier(tier, m).values()) for (tier, _), m in zip(tiers, masks, strict=True)]
+
+        objective = Objective(state.observations.curves, price, measured, finalist, state.align, shipped)
         tiers = plan_ladder(full, args.budgets_j, objective, args.search_seconds, args.seed, state.tick)
         walk.cache_clear()  # it holds hidden states of every layer
 

@@ -59,7 +59,10 @@ def test_every_matrix_is_fitted_to_what_all_rounded_ones_before_it_produce(make_
             assert grid is not None
             wanted = gptq(weight, hessian, grid, storage.block_of(name, index), torch.float32)
             differing = (wanted.codes != found[index][name].codes).float().mean()
-            assert differing <= 2e-3  # sums of other lengths put a value in a thousand on the other side of a half
+            # Sums in another order put a value on the other side of a half, and GPTQ then carries it down its column:
+            # seen 4e-3 in a down_proj, else none. Fitted to what the unrounded layers produce, 4e-3 of gate, up and
+            # q/k/v would differ at least, and 2e-2 of the others.
+            assert differing <= (1e-2 if name in ("self_attn.o_proj", MATRICES[-1]) else 2e-3)
             reads_codes = found[index][name].input_scale or found[index][name].token_group
             assert bool(reads_codes) == (
                 static and (group is not None or name not in ("self_attn.o_proj", MATRICES[-1]))

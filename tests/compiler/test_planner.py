@@ -17,7 +17,9 @@ from eopc_compiler.config import LayerDims
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
 from eopc_compiler.planner import (
+    CLOSE,
     EMPTY,
+    RUN_OFF,
     Objective,
     TierPlan,
     depth_steps,
@@ -80,9 +82,13 @@ class Case:
         share = 0.5 + 0.4 * ((7 * len(mask.layers) + sum(d.intermediate_size for d in mask.layers)) % 5) / 5
         return 1.0 + share * (self.objective.predicted(mask) - 1.0)
 
+    def shipped(self, masks: Sequence[Mask]) -> list[float]:
+        """More text changes nothing here."""
+        return [self.repaired(mask) for mask in masks]
+
     @property
     def objective(self) -> Objective:
-        return Objective(self.curves, price, self.measured, self.repaired, ALIGN)
+        return Objective(self.curves, price, self.measured, self.repaired, ALIGN, self.shipped)
 
     def plan(self, budgets: Sequence[float], seconds: float = 12, **options: Any) -> tuple[TierPlan, ...]:
         return plan_ladder(self.full, budgets, self.objective, seconds, clock=Clock(), **options)
@@ -331,6 +337,26 @@ def test_measured_depth_decides_where_predictions_mislead() -> None:
     (_, tier) = plan_ladder(case.full, [budget], objective, 5, clock=Clock())
     assert tier.loss == 1.0 and len(tier.mask.layers) == 4
     assert case.objective.predicted(tier.mask) > min(row["predicted_loss"] for row in tier.considered)
+
+
+def test_finalists_that_lose_about_the_same_are_judged_as_they_ship() -> None:
+    """Those within CLOSE of the best, RUN_OFF at most, all at once; the others have lost already."""
+    case, asked = example(), list[Mask]()
+
+    class Even(Case):
+        def repaired(self, mask: Mask) -> float:
+            return 2.0 + 0.02 * (len(mask.layers) - 1)  # 0.02, 0.04 and 0.06 above the shallowest
+
+        def shipped(self, masks: Sequence[Mask]) -> list[float]:
+            asked.extend(masks)
+            return [3.0 - 0.1 * len(mask.layers) for mask in masks]
+
+    plan = Even(case.curves, case.worth).plan([case.between(0.5)])
+    depths = [len(mask.layers) for mask in asked]
+    assert 1 < len(depths) <= RUN_OFF and max(depths) - min(depths) < CLOSE / 0.02
+    assert len(plan[1].mask.layers) == max(depths)
+    considered = sorted(row["layers"] for row in plan[1].considered)
+    assert min(depths) == considered[0] and max(depths) < considered[-1]
 
 
 def test_given_masks_are_paired_with_the_budgets_below_dense() -> None:

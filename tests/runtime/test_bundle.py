@@ -43,6 +43,7 @@ def tier_json(i, layers, ffn=64):
         "proxy": {"target": "sm86"},
         "prefill": None,
         "selector": None,
+        "step": None,
     }
 
 
