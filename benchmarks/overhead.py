@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     with Session.open(args.bundle, threads=args.threads, verify=False) as session:
         runner: Any = session.pool.get("t0")
-        timed = runner._session = Timed(runner._session)
+        timed = runner._step_session = Timed(runner._step_session)
         rounds = [measure(session, timed, args.tokens) for _ in range(args.rounds + 1)][1:]  # the first warms up
     bare, whole = (statistics.median(column) * 1e3 for column in zip(*rounds, strict=True))
     ratio = statistics.median(whole_s / bare_s for bare_s, whole_s in rounds)
