@@ -18,8 +18,8 @@ def weight_bytes(info: TierInfo) -> int:
 
 
 def step_bytes(info: TierInfo) -> int:
-    """Weights it holds beside them for single tokens, if those have a graph of their own; it answers without."""
-    return 0 if info.step is None else info.cost.weight_bytes
+    """Weights it holds beside them for single tokens, where those and prompts have a graph each; it answers without."""
+    return 0 if info.step is None or info.prefill is not None else info.cost.weight_bytes
 
 
 def cache_bytes(manifest: Manifest, info: TierInfo, tokens: int) -> int:

@@ -112,12 +112,15 @@ class OrtTier:
 
         self.own_steps = own_steps or info.step is None
         step = info.step if own_steps and not providers and (exact is None or info.step in exact) else None
-        self._session = self._step_session = load(info.graph, rests=step is not None)
-        check_interface(self._session, manifest, info, info.graph)
-        if step is not None:
+        one = step or info.graph  # what single tokens run through
+        many = info.graph if info.prefill is None else one  # behind a graph for prompts, nearly all are single
+        self._session = load(many, rests=many != one)
+        check_interface(self._session, manifest, info, many)
+        self._step_session = self._session
+        if one != many:
             release_memory()  # what loading left behind, before more is loaded
-            self._step_session = load(step)
-            check_interface(self._step_session, manifest, info, step)
+            self._step_session = load(one)
+            check_interface(self._step_session, manifest, info, one)
         self._prompt_session: Any = None
         if info.prefill is not None:
             self._prompt_session = load(info.prefill.graph, rests=True)
