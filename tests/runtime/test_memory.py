@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from eopc_runtime.bundle import Bundle
 from eopc_runtime.errors import DeviceMemoryError
 from eopc_runtime.memory import left_bytes, memory_bytes
 from eopc_runtime.runners import ort_pool
-from eopc_runtime.runners.fit import cache_bytes, require_fit, require_room, tier_bytes
+from eopc_runtime.runners.fit import cache_bytes, require_fit, require_room, step_bytes, tier_bytes, weight_bytes
+from eopc_runtime.tier_info import PrefillInfo
 
 from .conftest import write_bundle
 
@@ -62,6 +64,15 @@ def test_the_estimate_is_weights_cache_and_logits(bundle: Bundle) -> None:
     tier = bundle.manifest.tiers[0]
     assert cache_bytes(bundle.manifest, tier, 10) == 3840
     assert tier_bytes(bundle.manifest, tier, 10) == 4000 + 3840 + 1032
+
+
+def test_single_tokens_hold_weights_anew_unless_prompts_have_a_graph(bundle: Bundle) -> None:
+    """Then the graph of single tokens serves all but prompts, and those are counted with the rest."""
+    tier = bundle.manifest.tiers[0]
+    both = replace(tier, step="tiers/t0/step.onnx")
+    behind = replace(both, prefill=PrefillInfo(1, "tiers/t0/prefill.onnx"), cost=replace(tier.cost, prefill=tier.cost))
+    assert [step_bytes(t) for t in (tier, both, behind)] == [0, 4000, 0]
+    assert [weight_bytes(t) for t in (tier, both, behind)] == [4000, 4000, 8000]
 
 
 def test_a_tier_that_cannot_fit_is_refused_with_numbers_and_a_way_out(bundle: Bundle) -> None:
