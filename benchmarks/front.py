@@ -29,9 +29,10 @@ from eopc_compiler.calibration import Batch
 from eopc_compiler.handover import ContinuationLoss
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.model import Llama
-from eopc_compiler.planner import TierPlan, shrink_to_budget
+from eopc_compiler.planner import TierPlan
 from eopc_compiler.pricing import reference_energy
 from eopc_compiler.selector_fit import domain_means, selected_losses
+from eopc_compiler.shrink import shrink_to_budget
 from eopc_compiler.stage_plan import plan_tiers
 from eopc_compiler.state import CompileState, Workload
 from eopc_compiler.stored_model import deployed_model, fit, pruned_prompt, repair

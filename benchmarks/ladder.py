@@ -40,9 +40,9 @@ from eopc_compiler.pipeline import (
     read_calibration,
     run_passes,
 )
-from eopc_compiler.planner import shrink_to_budget
 from eopc_compiler.pricing import plan_energy, reference_energy
 from eopc_compiler.sequences import fast_math, next_token_losses, run_blocks
+from eopc_compiler.shrink import shrink_to_budget
 from eopc_compiler.stage_plan import plan_tiers
 from eopc_compiler.state import BuildArgs, CompileState
 from eopc_compiler.stored_model import deployed_model, repair

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
-from eopc_compiler.planner import Loss, Price, TierPlan, shrink_to_budget
+from eopc_compiler.planner import Loss, TierPlan
+from eopc_compiler.shrink import Price, shrink_to_budget
 from eopc_compiler.token_selector import PromptPath
 
 # Of the layers, that prompts still run; beyond 40 % skipped the paper's knee begins, and retrieval breaks first.

@@ -13,7 +13,7 @@ from typing import Literal
 from eopc_compiler.config import LayerDims
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
-from eopc_compiler.planner import Price
+from eopc_compiler.shrink import Price
 
 
 @dataclass(frozen=True, slots=True)

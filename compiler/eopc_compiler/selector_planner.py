@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from eopc_compiler.board.tensorrt_build import MOST_CHOSEN
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
-from eopc_compiler.planner import Price, TierPlan, shrink_to_budget
+from eopc_compiler.planner import TierPlan
 from eopc_compiler.selector import Selector
+from eopc_compiler.shrink import Price, shrink_to_budget
 from eopc_compiler.token_selector import PromptPath
 
 CHOSEN_SHARE = 0.2  # of the channels that run; a larger share costs more to gather, and was not better

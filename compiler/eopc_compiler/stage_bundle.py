@@ -23,9 +23,10 @@ from eopc_compiler.importance import Report
 from eopc_compiler.ladder import keep_shares, mask_to_json, parameter_count, tier_config
 from eopc_compiler.load_tiers import load_prompt_pass, load_selector, load_tier
 from eopc_compiler.parity import PROMPT, STEPS, Reference, check_parity
-from eopc_compiler.planner import TierPlan, dual
+from eopc_compiler.planner import TierPlan
 from eopc_compiler.pricing import plan_energy
 from eopc_compiler.removals import removals
+from eopc_compiler.shrink import dual
 from eopc_compiler.state import CompileState
 from eopc_compiler.tier_graphs import ANSWER, DECODE, GATHER, STEP, tier_path
 from eopc_compiler.tier_graphs import PROMPT as PROMPT_GRAPH

@@ -16,19 +16,8 @@ from hypothesis import strategies as st
 from eopc_compiler.config import LayerDims
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
-from eopc_compiler.planner import (
-    CLOSE,
-    EMPTY,
-    RUN_OFF,
-    Objective,
-    TierPlan,
-    depth_steps,
-    dual,
-    plan_ladder,
-    plan_masks,
-    shrink_to_budget,
-    smallest_mask,
-)
+from eopc_compiler.planner import CLOSE, RUN_OFF, Objective, TierPlan, plan_ladder, plan_masks
+from eopc_compiler.shrink import EMPTY, depth_steps, dual, shrink_to_budget, smallest_mask
 from eopc_runtime.errors import BudgetError
 from eopc_runtime.units import parse_energy
 

@@ -1,0 +1,131 @@
+"""Masks made smaller until they fit a budget of joules: by layers, least influential first, then by units of layers.
+
+Pure functions of masks, of the curves of `importance.py` and of a price; which masks are worth trying is the planner's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from eopc_compiler.allocate import Curve, Key, allocate, last_slope
+from eopc_compiler.config import LayerDims
+from eopc_compiler.importance import LayerCurves
+from eopc_compiler.ladder import Mask
+
+Price = Callable[[Mask], float]  # joules of the reference workload
+
+LAYER_STEPS = 8  # candidates of the heuristic differ by how many layers they drop
+LEAST_LAYERS = 1 / 6  # share of the layers that every tier keeps
+EMPTY = Mask(())
+
+
+def depth_steps(full: Mask, below: Mask, fits: Callable[[Mask], bool], curves: Sequence[LayerCurves]) -> list[Mask]:
+    """`full` with 0, then ever more of its least influential layers dropped, to the first that fits by depth alone.
+
+    Layers of `below` stay, without one LEAST_LAYERS of all; at most LAYER_STEPS + 1 masks, evenly apart.
+    """
+    needed = {d.source_layer for d in below.layers}
+    weakest = sorted(full.layers, key=lambda d: curves[d.source_layer].influence)
+    going = [d.source_layer for d in weakest if d.source_layer not in needed]
+    least = len(needed) or math.ceil(LEAST_LAYERS * len(full.layers))
+    masks = list[Mask]()
+    for count in range(len(full.layers) - least + 1):
+        gone = set(going[:count])
+        masks.append(Mask(tuple(d for d in full.layers if d.source_layer not in gone)))
+        if fits(masks[-1]):
+            break
+    last = len(masks) - 1
+    return [masks[i] for i in sorted({round(last * step / LAYER_STEPS) for step in range(LAYER_STEPS + 1)})]
+
+
+def shrink_to_budget(
+    mask: Mask,
+    budget_j: float,
+    curves: Sequence[LayerCurves],
+    price: Price,
+    align: int,
+    below: Mask = EMPTY,
+) -> Mask | None:
+    """Take KV groups and parcels of FFN channels, least loss per joule first, until it fits; None if it cannot.
+
+    Units that `below` keeps are not taken.
+    """
+    excess = price(mask) - budget_j
+    if excess <= 0:
+        return mask
+    parcels = {"kv_groups": 1, "ffn": align}
+    needed = {d.source_layer: d for d in below.layers}
+    ahead: dict[Key, Curve] = {}
+    for d in mask.layers:
+        groups, channels = curves[d.source_layer].kv_ahead(d), curves[d.source_layer].ffn_ahead(d)
+        if least := needed.get(d.source_layer):
+            groups = groups[: d.num_key_value_heads - least.num_key_value_heads]
+            channels = channels[: (d.intermediate_size - least.intermediate_size) // align]
+        ahead[d.source_layer, "kv_groups"], ahead[d.source_layer, "ffn"] = groups, channels
+    unit_j = {kind: price(mask) - price(_less_one(mask, kind, parcels[kind])) for kind in parcels}
+    saving = {kind: joules / parcels[kind] for kind, joules in unit_j.items()}
+    for _ in range(4):  # prices are not quite additive
+        counts = allocate(ahead, parcels, lambda kind: max(saving[kind], 1e-12), excess, at_least=True)
+        smaller = Mask(
+            tuple(
+                replace(
+                    d,
+                    num_key_value_heads=d.num_key_value_heads - counts[d.source_layer, "kv_groups"],
+                    intermediate_size=d.intermediate_size - counts[d.source_layer, "ffn"],
+                )
+                for d in mask.layers
+            )
+        )
+        left = price(smaller) - budget_j
+        if left <= 0:
+            return smaller
+        excess += left + 1e-9
+    return None
+
+
+def dual(mask: Mask, curves: Sequence[LayerCurves], price: Price, align: int) -> float:
+    """λ of a tier, nats per joule: the loss added per joule saved by the dearest cut into its layers; 0 without any.
+
+    One λ for the whole model: `shrink_to_budget` cuts wherever a joule costs less than it, so a smaller budget has a
+    larger λ. A layer's loss per joule is that of its last cut on the convex hull of its curve.
+    """
+    found = 0.0
+    for kind, parcel in (("kv_groups", 1), ("ffn", align)):
+        saved_j = max(price(mask) - price(_less_one(mask, kind, parcel)), 1e-12)
+        for d in mask.layers:
+            c = curves[d.source_layer]
+            whole, errors = (c.dims.num_key_value_heads, c.kv_errors), (c.dims.intermediate_size, c.ffn_errors)
+            units, curve = whole if kind == "kv_groups" else errors
+            kept = d.num_key_value_heads if kind == "kv_groups" else d.intermediate_size
+            found = max(found, last_slope(curve, (units - kept) // parcel) / saved_j)
+    return found
+
+
+def smallest_mask(mask: Mask, curves: Sequence[LayerCurves], align: int) -> Mask:
+    """The least a tier may be: LEAST_LAYERS of the layers, one parcel of FFN channels and one KV group in each."""
+    fewest = depth_steps(mask, EMPTY, lambda _mask: False, curves)[-1]
+    return Mask(
+        tuple(
+            replace(d, num_key_value_heads=1, intermediate_size=min(align, d.intermediate_size)) for d in fewest.layers
+        )
+    )
+
+
+def _less_one(mask: Mask, kind: str, parcel: int) -> Mask:
+    """The mask with one parcel less of its widest layer, to see what that saves."""
+    field = {"kv_groups": "num_key_value_heads", "ffn": "intermediate_size"}[kind]
+    widest = max(mask.layers, key=lambda d: getattr(d, field))
+
+    def less(d: LayerDims) -> LayerDims:
+        if d != widest:
+            return d
+        groups, width = d.num_key_value_heads, d.intermediate_size
+        return (
+            replace(d, num_key_value_heads=groups - 1)
+            if kind == "kv_groups"
+            else replace(d, intermediate_size=max(0, width - parcel))
+        )
+
+    return Mask(tuple(less(d) for d in mask.layers))
