@@ -20,6 +20,7 @@ from eopc_compiler.importance import Report
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.load_tiers import load_tier
 from eopc_compiler.model import Llama, build_model
+from eopc_compiler.pricing import plan_energy
 from eopc_compiler.selector import Selector
 from eopc_compiler.selector_fit import FittedChannels, fit_selector
 from eopc_compiler.sequences import mean_loss
@@ -124,10 +125,17 @@ def repair(
     """
     assert state.calibration and state.storage and state.observations
     storage, config, curves = state.storage, state.config, state.observations.curves
-    limit = None if state.args.independent else EXTRAS_SHARE / max(1, len(state.args.budgets_j))
+    limit = None if state.args.independent else EXTRAS_SHARE / max(1, pruned_tiers(state))
     jobs = [(mask, own_matrices(config, mask, curves, storage, limit)) for mask in masks]
     text = state.calibration.batches(most=most)
     return repair_tiers(model, jobs, text, state.args.prompt_part, rounding(storage), report, pruned, walked)
+
+
+def pruned_tiers(state: CompileState) -> int:
+    """Tiers that may have matrices of their own: one for every mask, or budget that the dense model exceeds."""
+    assert state.storage
+    dense_j = plan_energy(state, full_mask(state.config), state.storage)
+    return len(state.args.masks) or sum(dense_j > budget_j for budget_j in state.args.budgets_j)
 
 
 def calibration_walk(state: CompileState, model: Llama, most: int) -> tuple[Met, ...]:
@@ -181,13 +189,13 @@ def pruned_prompt(
 
 def repair_inputs(state: CompileState) -> dict[str, Any]:
     """What a repair depends on, besides the mask."""
-    assert state.checkpoint and state.calibration
+    assert state.checkpoint and state.calibration and state.storage
     return {
         "version": __version__,
         "model": state.checkpoint.fingerprint,
         "text": state.calibration.fingerprint,
-        "storage": asdict(state.storage) if state.storage else None,
+        "storage": asdict(state.storage),
         "independent": state.args.independent,
-        "budgets": len(state.args.budgets_j),
+        "tiers": pruned_tiers(state),
         "prompt": state.args.prompt_part,
     }
