@@ -30,7 +30,7 @@ from eopc_runtime.units import format_energy
 
 Loss = Callable[[Mask], float]  # nats per continuation token
 
-RUN_OFF, CLOSE = 3, 0.05  # finalists at most that are repaired on all text, within so many nats of the best
+RUN_OFF, CLOSE = 3, 0.1  # finalists at most that are repaired on all text, within so many nats of the best
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,11 +212,11 @@ class _Search:
     def _measure(self, steps: Sequence[tuple[float, Mask] | None]) -> Mask:
         """The best of the finalists, repaired and measured: predictions rank sets of layers, but not depths.
 
-        Every second step of depth, those beside the best of them, the steps' best prediction, and the best prediction
-        of all with no more layers than what was best so far.
+        Every second step of depth and the last, which is depth alone, those beside the best of them, the steps' best
+        prediction, and the best prediction of all with no more layers than what was best so far.
         """
         depths = list(dict.fromkeys(m for _, m in filter(None, steps)))
-        self._repair(depths[::2])
+        self._repair([*depths[::2], depths[-1]])  # depth alone, whichever first steps cannot fit
         middle = depths.index(self._best())
         self._repair(depths[max(0, middle - 1) : middle + 2])
         self._repair([min(filter(None, steps), key=lambda row: row[0])[1]])

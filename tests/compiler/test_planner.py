@@ -328,6 +328,15 @@ def test_measured_depth_decides_where_predictions_mislead() -> None:
     assert case.objective.predicted(tier.mask) > min(row["predicted_loss"] for row in tier.considered)
 
 
+def test_depth_alone_is_measured_whichever_steps_before_it_cannot_fit() -> None:
+    """At 7.5 J layers at their narrowest are a joule each, whole ones 1.9 J: steps of 6, 5, 4 and 3 layers fit."""
+    case = Case([layer(i, [0.2], [0.1, 0.1, 0.1], 0.1 * i) for i in range(8)])
+    objective = replace(case.objective, repaired=lambda mask: 9.0 - len(mask.layers))
+    _, tier = plan_ladder(case.full, [7.5], objective, 0, clock=Clock())
+    assert len(tier.mask.layers) == 6
+    assert {row["layers"] for row in tier.considered} == {6, 5, 4, 3}
+
+
 def test_finalists_that_lose_about_the_same_are_judged_as_they_ship() -> None:
     """Those within CLOSE of the best, RUN_OFF at most, all at once; the others have lost already."""
     case, asked = example(), list[Mask]()
