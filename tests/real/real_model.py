@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,16 @@ def eopc(*args: str, block: tuple[str, ...] = ()) -> dict[str, Any]:
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-def expect_paris(root: Path, text: str) -> None:
-    """Paris by the stored weights on unrounded activations, as a GPU computes; and by this CPU's int8 kernels.
+NEAR_TIE = 0.5  # logits
 
-    These round activations, which moves the logits by up to 1.1; "The", which begins the right answer, leads a wrong
-    one by 0.2. So the order of a CPU's sums may decide, and did on one without AVX-512: a visible expected failure.
+
+def expect_paris(root: Path, text: str) -> None:
+    """Paris, or a near tie that rounding has decided: then a visible expected failure.
+
+    In fp32 "The", which begins the right answer, leads wrong ones by 0.2 of 25. int8 weights of one scale per output
+    move logits by about that, so the order in which a CPU adds up while it builds may decide (seen: "L" by 0.13 on one
+    with AVX-512), and rounded activations move them by up to 1.1. Whatever is said, on unrounded activations "The" has
+    to stay within NEAR_TIE of it.
     """
     from eopc_compiler.parity import without_rounded_inputs
     from eopc_runtime.bundle import Bundle
@@ -47,23 +53,33 @@ def expect_paris(root: Path, text: str) -> None:
     from eopc_runtime.tokenizer import Tokenizer
 
     class Unrounded:
-        """t0 with activations in floating point."""
+        """t0 with activations in floating point, and the logits behind its last prompt."""
 
         def __init__(self, bundle: Bundle) -> None:
             graph = without_rounded_inputs(bundle.path(bundle.tier("t0").graph).read_bytes())
             self.tier = OrtTier(bundle, bundle.tier("t0"), exact={bundle.tier("t0").graph: graph})
 
-        def get(self, _tier: str) -> OrtTier:
-            return self.tier
+        def get(self, _tier: str) -> Unrounded:
+            return self
+
+        def prefill(self, cache: Any, tokens: Sequence[int]) -> Any:
+            found = self.tier.prefill(cache, tokens)
+            self.first = found[-1].copy()
+            return found
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.tier, name)
 
         def close(self) -> None:
             pass
 
     bundle = Bundle.open(root, verify=False)
-    session = Session(bundle, Unrounded(bundle), Tokenizer.open(root / "tokenizer"))
-    assert "Paris" in session.generate(QUESTION, max_new_tokens=12).text
-    if "Paris" not in text:
-        pytest.xfail(f"on this CPU the rounding of activations decides a near tie: {text[:40]}")
+    tokenizer, pool = Tokenizer.open(root / "tokenizer"), Unrounded(bundle)
+    exact = Session(bundle, pool, tokenizer).generate(QUESTION, max_new_tokens=12).text
+    behind = float(pool.first.max() - pool.first[tokenizer.encode("The")[0]])
+    assert "Paris" in exact or 0 < behind < NEAR_TIE
+    if "Paris" not in exact or "Paris" not in text:
+        pytest.xfail(f"rounding decides a near tie: {text[:40]}; unrounded: {exact[:40]}, {behind:.2f} logits ahead")
 
 
 def corpus(name: str) -> str:
