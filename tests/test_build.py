@@ -356,12 +356,11 @@ def test_weights_of_single_tokens_count_and_are_left_out_where_memory_does_not_h
 
 
 def test_codes_that_never_overflow_run_as_codes_and_others_in_floating_point_where_they_would(
-    build_settings: Settings, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    codes_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bundle whose manifest does not say so may hold larger codes: on a CPU without VNNI a note says how it runs."""
     onnx = pytest.importorskip("onnx")
-    root = tmp_path / "cpu.eopc"
-    build(build_settings(tiny_checkpoint, root, precision=("int8",), budgets_j=(1000.0,)))
+    root = shutil.copytree(codes_bundle.root, tmp_path / "cpu.eopc")
     model = onnx.load(str(root / "tiers/t0/model.onnx"), load_external_data=False)
     onnx.external_data_helper.load_external_data_for_model(model, str(root))
     matrices = [t for t in model.graph.initializer if len(t.dims) == 2]

@@ -30,7 +30,7 @@ from eopc_runtime.units import format_energy
 
 Loss = Callable[[Mask], float]  # nats per continuation token
 
-RUN_OFF, CLOSE = 3, 0.1  # finalists at most that are repaired on all text, within so many nats of the best
+RUN_OFF, CLOSE = 2, 0.1  # finalists at most that are repaired on all text, within so many nats of the best
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,35 +219,31 @@ def test_graph_equals_torch_over_prefill_and_eight_cached_steps(ladder: Ladder, 
     assert caches < tolerance(ladder.kind)
 
 
-@pytest.fixture(scope="module", params=KINDS[-2:], ids="-".join)
-def codes(
-    request: pytest.FixtureRequest, make_tiny: MakeTiny, cached_traces: None, tmp_path_factory: pytest.TempPathFactory
-) -> Ladder:
-    """The ladder where inputs are rounded to codes, so that single tokens have graphs of their own."""
-    config, tensors = make_tiny()
-    return write_ladder(tmp_path_factory.mktemp("codes"), config, tensors, request.param, (full_mask(config), PRUNED))
+ROUNDING = pytest.mark.parametrize("ladder", KINDS[-2:], ids="-".join, indirect=True)  # of inputs, to codes
 
 
+@ROUNDING
 @pytest.mark.parametrize("tier", [0, 1], ids=["t0", "t1"])
-def test_the_graph_of_single_tokens_computes_the_same_with_inputs_as_they_are(codes: Ladder, tier: int) -> None:
+def test_the_graph_of_single_tokens_computes_the_same_with_inputs_as_they_are(ladder: Ladder, tier: int) -> None:
     """Its logits and caches are PyTorch's on the same bytes: it reads no other than the graph of prompts."""
-    assert "QuantizeLinear" not in {n.op_type for n in codes.graph(tier, STEP).graph.node}
-    assert max(deviations(codes, tier, random_ids(codes.config), 24, STEP)) < tolerance(codes.kind)
-    prompts, steps = (external_ranges(codes.graph(tier, name)) for name in ("model.onnx", STEP))
+    assert "QuantizeLinear" not in {n.op_type for n in ladder.graph(tier, STEP).graph.node}
+    assert max(deviations(ladder, tier, random_ids(ladder.config), 24, STEP)) < tolerance(ladder.kind)
+    prompts, steps = (external_ranges(ladder.graph(tier, name)) for name in ("model.onnx", STEP))
     assert set(steps.values()) == set(prompts.values())
-    read_graph(codes.root, f"tiers/t{tier}/{STEP}", {"weights.bin": (codes.root / "weights.bin").stat().st_size})
+    read_graph(ladder.root, f"tiers/t{tier}/{STEP}", {"weights.bin": (ladder.root / "weights.bin").stat().st_size})
 
 
-def test_onnx_runtime_reads_every_matrix_of_single_tokens_by_its_codes(codes: Ladder) -> None:
+@ROUNDING
+def test_onnx_runtime_reads_every_matrix_of_single_tokens_by_its_codes(ladder: Ladder) -> None:
     """Five fused products a tier's layer, gate and up in one, and the head's: none on weights that were unpacked."""
-    for tier, mask in enumerate(codes.masks):
+    for tier, mask in enumerate(ladder.masks):
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(codes.root))
-        options.optimized_model_filepath = str(codes.root / "optimized.onnx")
-        graph = (codes.root / f"tiers/t{tier}/{STEP}").read_bytes()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(ladder.root))
+        options.optimized_model_filepath = str(ladder.root / "optimized.onnx")
+        graph = (ladder.root / f"tiers/t{tier}/{STEP}").read_bytes()
         ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        nodes = onnx.load(codes.root / "optimized.onnx", load_external_data=False).graph.node
+        nodes = onnx.load(ladder.root / "optimized.onnx", load_external_data=False).graph.node
         products = [n.op_type for n in nodes if "MatMul" in n.op_type and "hadamard_32" not in n.input]
         assert products == ["MatMulNBits"] * (4 * len(mask.layers) + 1)
 
