@@ -22,8 +22,8 @@ from eopc_compiler.importance import observe
 from eopc_compiler.initializers import PREFIX
 from eopc_compiler.ladder import Mask, full_mask, tier_config
 from eopc_compiler.load_tiers import load_tier
-from eopc_compiler.model import Cache, Llama, Projection, build_model, causal_mask
-from eopc_compiler.parity import without_rounded_inputs
+from eopc_compiler.model import Cache, Llama, build_model, causal_mask
+from eopc_compiler.parity import unround, without_rounded_inputs
 from eopc_compiler.storage import Storage
 from eopc_compiler.tier_graphs import STEP
 from eopc_compiler.tracing import Target, trace
@@ -77,9 +77,7 @@ class Ladder:
     def unrounded(self, tier: int) -> Llama:
         """The reference with its inputs left as they are, as `Runner` runs the graph unless told otherwise."""
         model = self.reference(tier)
-        for module in model.modules():
-            if isinstance(module, Projection):
-                module.rounds = False
+        unround(model)
         return model
 
 

@@ -21,8 +21,8 @@ from eopc_compiler.handover import ContinuationLoss, inherited
 from eopc_compiler.importance import observe
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.load_tiers import load_prompt_pass
-from eopc_compiler.model import Cache, Llama, Projection, build_model, causal_mask
-from eopc_compiler.parity import without_rounded_inputs
+from eopc_compiler.model import Cache, Llama, build_model, causal_mask
+from eopc_compiler.parity import unround, without_rounded_inputs
 from eopc_compiler.prefill_ablation import (
     PrefillPruning,
     continuation_losses,
@@ -205,9 +205,7 @@ def test_the_graph_writes_what_pytorch_writes(
 
     reader = WeightReader(tmp_path / "weights.bin", {"own.bin": tmp_path / "own.bin"})
     reference = load_prompt_pass(config, path, table, reader, CONTEXT)
-    for module in reference.modules():
-        if isinstance(module, Projection):
-            module.rounds = False
+    unround(reference)
     ids, want = tokens_of(1)[0].tolist(), Cache.empty(config, CONTEXT, torch.float32)
     for chunk in (ids[:30], ids[30:]):
         reference.fill(want, chunk)
