@@ -64,7 +64,7 @@ GRIDS = {
     FP8: Grid(8, -448, 448, torch.float8_e4m3fn, FP8),
 }
 TOKEN_SCALE = 1 / GRIDS["int8"].high  # of inputs that were divided by their token's peak
-SCALE_CHOICES = {"int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75), PAIRED: (1.0, 1.1, 1.25, 1.5, 2.0)}  # of the full scale
+SCALE_CHOICES = {"int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}  # of the full scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +166,19 @@ def _nearest(values: Tensor, grid: Grid) -> Tensor:
 def block_scales(weight: Tensor, grid: str, block: int | None) -> Tensor:
     """Scales [in / block, out] or [out]: the largest magnitude meets the end of the code range.
 
-    For 4 bits the scale takes the sign that puts the extreme element on -8, the longer end of the range.
+    For 4 bits the scale takes the sign that puts the extreme element on -8, the longer end of the range. In pairs the
+    largest sum of two neighbours meets its limit at most (neighbours of unlike signs never reach it). Seen on
+    SmolLM2-135M, divergence from fp32 by the weights alone: 1.6e-3 nats, as against 1.9e-3 with some pairs cut short
+    (full scales times 1.1, 1.25 or 1.5, by squared error), 0.9e-3 without a limit of pairs.
     """
     blocks = weight.unsqueeze(0) if block is None else weight.view(-1, block, weight.shape[1])
     if grid != "int4":
-        scales = blocks.abs().amax(1) / GRIDS[grid].high
+        numbers = GRIDS[grid]
+        scales = blocks.abs().amax(1) / numbers.high
+        even = blocks.shape[1] // 2 * 2
+        if numbers.pair_limit is not None and even:
+            sums = blocks[:, :even:2] + blocks[:, 1:even:2]
+            scales = torch.maximum(scales, sums.abs().amax(1) / numbers.pair_limit)
     else:
         extreme = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).squeeze(1)
         scales = extreme / -8
@@ -217,7 +225,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: str, block: int | None, scale_dt
 
 
 def search_scales(chunk: Tensor, grid: str, importance: Tensor) -> Tensor:
-    """Scales [out] of rows [n, out]: clipping the extremes a little often pays, and so does room for pairs.
+    """Scales [out] of rows [n, out]: clipping the extremes a little often pays in few bits.
 
     Args:
         importance: weight of each row's squared error, [n].

@@ -285,6 +285,15 @@ def test_no_two_neighbouring_codes_overflow_sixteen_bits_with_any_inputs(compens
     assert int((first - second).abs().max()) > 128
 
 
+def test_scales_leave_room_for_the_largest_pair() -> None:
+    """No code of a pair is moved by more than a step: half of it to round, half where both neighbours round up."""
+    _, weight = correlated()
+    found = round_to_nearest(weight, PAIRED, None, torch.float32)
+    assert ((found.dequantize() - weight).abs() / found.scales).max() <= 1 + 1e-5  # fp32 division and product
+    sums = found.codes.int()[::2] + found.codes.int()[1::2]
+    assert (torch.maximum(found.codes.abs().amax(0), sums.abs().amax(0)) >= 126).all()  # and no more room than that
+
+
 def test_pairs_cost_less_than_half_the_range_would() -> None:
     """The error of outputs is nearer to that of free int8 codes than to that of codes up to 64."""
     generator = torch.Generator().manual_seed(6)
