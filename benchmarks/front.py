@@ -90,7 +90,7 @@ class Judge:
         pruned = pruned_prompt(self.state, self.state.storage, path, lambda: self.model)
         behind = ContinuationLoss(self.model, self.text, self.prompt, pruned)
         whole = tier.mask == full_mask(self.state.config)
-        repaired = None if whole else repair(self.state, self.model, [tier.mask], pruned=pruned)[0][0]
+        repaired = None if whole else repair(self.state, self.model, [[tier.mask]], pruned=pruned)[0][0]
         losses = behind.of_mask(tier.mask) if repaired is None else behind.of_tier(repaired, tier.mask)
         return self.entry(kind, tier.energy_j, losses)
 

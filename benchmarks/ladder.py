@@ -39,6 +39,7 @@ from eopc_compiler.pipeline import (
     observe_dense,
     read_calibration,
     run_passes,
+    up_to,
 )
 from eopc_compiler.pricing import plan_energy, reference_energy
 from eopc_compiler.sequences import fast_math, next_token_losses, run_blocks
@@ -70,7 +71,8 @@ def main() -> None:
     for index, tier in enumerate(state.plan[1:], start=1):
         assert tier.budget_j is not None
         click.echo(f"t{index}, {format_energy(tier.budget_j)}: {_kept(state, tier.mask)}")
-        for name, mask, losses in variants(state, model, tier.mask, tier.budget_j, held_out, text.batches()):
+        ladder = up_to(state.plan, index)
+        for name, mask, losses in variants(state, model, ladder, tier.budget_j, held_out, text.batches()):
             price = reference_energy if name == "throughout" else plan_energy
             _row(name, {d: losses[d] - dense[d] for d in dense}, price(state, mask, state.storage), _kept(state, mask))
 
@@ -123,9 +125,15 @@ def start(args: BuildArgs, options: argparse.Namespace) -> CompileState:
 
 
 def variants(
-    state: CompileState, model: Llama, mask: Mask, budget_j: float, held_out: ContinuationLoss, text: Sequence[Batch]
+    state: CompileState,
+    model: Llama,
+    ladder: Sequence[Mask],
+    budget_j: float,
+    held_out: ContinuationLoss,
+    text: Sequence[Batch],
 ) -> list[tuple[str, Mask, dict[int, float]]]:
-    """(name, mask, continuation loss by domain) of everything compared at one budget."""
+    """(name, mask, continuation loss by domain) of everything compared at one budget, above the same smaller tiers."""
+    (*smaller, mask) = ladder
     assert state.storage and state.observations and state.calibration
     storage, batches = state.storage, state.calibration.batches()
     every = range(len(model.blocks))
@@ -134,7 +142,7 @@ def variants(
         return plan_energy(state, candidate, storage)
 
     def shipped(candidate: Mask) -> dict[int, float]:
-        return held_out.of_tier(repair(state, model, [candidate])[0][0], candidate)
+        return held_out.of_tier(repair(state, model, [(*smaller, candidate)])[0][0], candidate)
 
     full = full_mask(state.config)
     deep = Mask(tuple(full.layers[d.source_layer] for d in mask.layers))
@@ -157,7 +165,7 @@ def variants(
             rows.append((name, candidate, shipped(candidate)))
     free = replace(state, args=replace(state.args, budgets_j=(budget_j,), independent=True))
     own = plan_tiers(free).plan[-1].mask
-    rows.append(("independent", own, held_out.of_tier(repair(free, model, [own])[0][0], own)))
+    rows.append(("independent", own, held_out.of_tier(repair(free, model, [[own]])[0][0], own)))
     return rows
 
 

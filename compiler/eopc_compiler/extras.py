@@ -153,24 +153,51 @@ def key_value_entries(
 
 
 def own_matrices(
-    config: LlamaConfig, mask: Mask, curves: Sequence[LayerCurves], storage: Storage, share: float | None
+    config: LlamaConfig,
+    ladder: Sequence[Mask],
+    tiers: int,
+    curves: Sequence[LayerCurves],
+    storage: Storage,
+    share: float | None,
 ) -> frozenset[int]:
-    """Source layers that get a down_proj of their own: most loss to repair per byte first.
+    """Source layers that get a down_proj of their own in the last of some tiers.
 
-    A layer in front of a gap makes up for whole layers and comes before all others.
+    All have the same part of the share, and what a smaller tier leaves of its part goes to the larger ones.
 
     Args:
-        share: of the bytes of the whole model's weights that a tier may spend; None for no limit.
+        ladder: tiers from the smallest up to the one that is asked for.
+        tiers: that share, in all; those not in the ladder are larger.
+        share: of the bytes of the whole model's weights that they may spend together; None for no limit.
+    """
+    own = frozenset[int]()
+    left = float("inf") if share is None else share * storage.cost(config, full_mask(config)).weight_bytes
+    for position, mask in enumerate(ladder):
+        sizes = matrix_bytes(config, mask, storage)
+        own = _within(left / max(1, tiers - position), config, mask, curves, sizes)
+        left -= sum(sizes[source] for source in own)
+    return own
+
+
+def matrix_bytes(config: LlamaConfig, mask: Mask, storage: Storage) -> dict[int, float]:
+    """Stored bytes of down_proj in every layer of a tier, by source layer."""
+    per_weight = {d.source_layer: storage.bytes_per_weight("mlp.down_proj", d.source_layer) for d in mask.layers}
+    return {d.source_layer: d.intermediate_size * config.hidden_size * per_weight[d.source_layer] for d in mask.layers}
+
+
+def _within(
+    left: float, config: LlamaConfig, mask: Mask, curves: Sequence[LayerCurves], sizes: dict[int, float]
+) -> frozenset[int]:
+    """Matrices of a tier that take so many bytes at most: most loss to repair per byte first.
+
+    A layer in front of a gap makes up for whole layers and comes before all others.
     """
     following = [*(d.source_layer for d in mask.layers[1:]), len(config.layers)]
     gaps = {d.source_layer for d, after in zip(mask.layers, following, strict=True) if after > d.source_layer + 1}
-    sizes, worth = dict[int, float](), dict[int, tuple[bool, float]]()
+    worth = dict[int, tuple[bool, float]]()
     for d in mask.layers:
         loss, source = curves[d.source_layer].added(d), d.source_layer
-        sizes[source] = d.intermediate_size * config.hidden_size * storage.bytes_per_weight("mlp.down_proj", source)
         if loss > 0 or source in gaps:
             worth[source] = (source in gaps, loss / sizes[source])
-    left = float("inf") if share is None else share * storage.cost(config, full_mask(config)).weight_bytes
     own = set[int]()
     for source in sorted(worth, key=lambda s: worth[s], reverse=True):
         if sizes[source] <= left:

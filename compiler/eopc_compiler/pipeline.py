@@ -6,7 +6,7 @@ The list is the table of contents; the comment beside a pass is the reason for i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from eopc_compiler.checkpoint import open_checkpoint, with_tensors
 from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.extras import EXTRAS_FILE, TierExtras
 from eopc_compiler.importance import observe
-from eopc_compiler.ladder import full_mask, read_masks, tier_config
+from eopc_compiler.ladder import Mask, full_mask, read_masks, tier_config
 from eopc_compiler.observations_file import load_observations, save_observations
 from eopc_compiler.planner import TierPlan
 from eopc_compiler.pricing import must_prune, reference_energy, storage_for
@@ -245,11 +245,12 @@ def repair_tiers(state: CompileState) -> CompileState:
     @lru_cache
     def repaired(prefill: int) -> dict[int, tuple[Repaired, ...]]:
         """What all static tiers behind one prefill tier have of their own: the whole model runs once for them."""
-        static = {i: t.mask for i, t in enumerate(state.plan) if i and t.prefill == prefill and not t.fills}
+        static = [i for i, t in enumerate(state.plan) if i and t.prefill == prefill and not t.fills]
         names = ", ".join(f"t{i}" for i in static)
         state.say(f"repairing {names} on the cache inherited from t{prefill}")
         pruned = pruned_prompt(state, storage, state.plan[prefill].prompt, model)
-        found = repair(state, model(), list(static.values()), None, state.counter(f"repairing {names}"), pruned)
+        ladders = [up_to(state.plan, i) for i in static]
+        found = repair(state, model(), ladders, None, state.counter(f"repairing {names}"), pruned)
         return {i: own for i, (_, own) in zip(static, found, strict=True)}
 
     extras: list[TierExtras] = [TierExtras.none()]
@@ -257,7 +258,7 @@ def repair_tiers(state: CompileState) -> CompileState:
         name = tier_path(index, EXTRAS_FILE)
         inputs = {
             **repair_inputs(state),
-            "mask": asdict(tier.mask),
+            "masks": [asdict(mask) for mask in up_to(state.plan, index)],
             "prompts": [p and asdict(p) for p in (tier.prompt, state.plan[tier.prefill].prompt)],
             "stand_for": state.args.workload.prompt_tokens,
             "selector": asdict(tier.selector) if tier.selector else None,
@@ -289,6 +290,11 @@ def repair_tiers(state: CompileState) -> CompileState:
     for own in extras:
         totals.update(own.bytes_by_type)
     return replace(state, extras=tuple(extras), bytes_by_type=dict(totals))
+
+
+def up_to(plan: Sequence[TierPlan], index: int) -> list[Mask]:
+    """A tier's mask, last, behind those of all smaller tiers that are repaired, from the smallest up."""
+    return [*(t.mask for t in reversed(plan[index + 1 :]) if not t.fills), plan[index].mask]
 
 
 def export_graphs(state: CompileState) -> CompileState:

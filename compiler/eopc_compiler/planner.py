@@ -81,17 +81,17 @@ class Objective:
         curves: of every source layer, on the whole model.
         price: joules of the reference workload under a mask.
         measured: continuation loss of a mask that only leaves layers out.
-        repaired: continuation loss of any mask once repaired on part of the text; dear.
+        repaired: continuation loss of the last of some tiers, smallest first, once repaired on part of the text; dear.
         align: FFN channels go this many at a time.
-        shipped: the same of several masks repaired on all text, as they ship; dearer.
+        shipped: the same of several such ladders' last tiers, repaired on all text, as they ship; dearer.
     """
 
     curves: Sequence[LayerCurves]
     price: Price
     measured: Loss
-    repaired: Loss
+    repaired: Callable[[Sequence[Mask]], float]
     align: int
-    shipped: Callable[[Sequence[Mask]], Sequence[float]]
+    shipped: Callable[[Sequence[Sequence[Mask]]], Sequence[float]]
 
     def predicted(self, mask: Mask) -> float:
         """Nats per token: layers left out as measured, units cut as the curves say."""
@@ -131,8 +131,7 @@ def plan_ladder(
         )
     tiers = list[TierPlan]()
     for position, budget in enumerate(below):
-        inside = tiers[-1].mask if tiers else EMPTY
-        search = _Search(full, inside, budget, objective, random.Random(f"{seed}:{position}"), report)
+        search = _Search(full, [t.mask for t in tiers], budget, objective, random.Random(f"{seed}:{position}"), report)
         tiers.append(search.run(search_seconds / len(below), clock))
     return _dense(full, budgets_j, dense_j, objective.measured(full)), *reversed(tiers)
 
@@ -173,15 +172,16 @@ class _Search:
     def __init__(
         self,
         full: Mask,
-        below: Mask,
+        smaller: Sequence[Mask],
         budget_j: float,
         objective: Objective,
         rng: random.Random,
         report: Callable[[str], None] | None,
     ) -> None:
-        self.full, self.below, self.budget_j, self.objective = full, below, budget_j, objective
+        self.full, self.smaller, self.budget_j, self.objective = full, smaller, budget_j, objective
         self.rng, self.report = rng, report
-        self.needed = frozenset(d.source_layer for d in below.layers)
+        self.below = smaller[-1] if smaller else EMPTY
+        self.needed = frozenset(d.source_layer for d in self.below.layers)
         self.seen: dict[frozenset[int], tuple[float, Mask] | None] = {}
         self.losses: dict[Mask, float] = {}  # of what was repaired and measured
 
@@ -233,7 +233,7 @@ class _Search:
         close = [best, *(m for m in others[: RUN_OFF - 1] if self.losses[m] < self.losses[best] + CLOSE)]
         if len(close) == 1:
             return best
-        losses = dict(zip(close, self.objective.shipped(close), strict=True))
+        losses = dict(zip(close, self.objective.shipped([(*self.smaller, m) for m in close]), strict=True))
         for mask, loss in losses.items():
             self._say(f"{len(mask.layers)} layers measured on all text, {loss:.3f} nats")
         return min(close, key=losses.__getitem__)
@@ -241,7 +241,7 @@ class _Search:
     def _repair(self, masks: Sequence[Mask]) -> None:
         for mask in masks:
             if mask not in self.losses:
-                self.losses[mask] = self.objective.repaired(mask)
+                self.losses[mask] = self.objective.repaired((*self.smaller, mask))
                 self._say(f"{len(mask.layers)} layers measured, {self.losses[mask]:.3f} nats")
 
     def _best(self) -> Mask:

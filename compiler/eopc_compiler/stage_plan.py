@@ -62,22 +62,22 @@ def plan_tiers(state: CompileState) -> CompileState:
         model, text, args = deployed_model(state, storage), state.selection.batches(), state.args
         selection = ContinuationLoss(model, text, args.prompt_part)
 
-        def repaired(losses: ContinuationLoss, mask: Mask, walked: tuple[Met, ...] | None = None) -> float:
+        def repaired(losses: ContinuationLoss, ladder: Sequence[Mask], walked: tuple[Met, ...] | None = None) -> float:
             count = state.counter("repairing a candidate")
-            ((tier, _),) = repair(state, model, [mask], FINALIST_WINDOWS, count, losses.pruned, walked)
-            return mean(losses.of_tier(tier, mask).values())
+            ((tier, _),) = repair(state, model, [ladder], FINALIST_WINDOWS, count, losses.pruned, walked)
+            return mean(losses.of_tier(tier, ladder[-1]).values())
 
         def measured(mask: Mask) -> float:
             return mean(selection.of_mask(mask).values())
 
         walk = lru_cache(lambda: calibration_walk(state, model, FINALIST_WINDOWS))  # once, where there are finalists
 
-        def finalist(mask: Mask) -> float:
-            return repaired(selection, mask, walk())
+        def finalist(ladder: Sequence[Mask]) -> float:
+            return repaired(selection, ladder, walk())
 
-        def shipped(masks: Sequence[Mask]) -> list[float]:
-            tiers = repair(state, model, masks, report=state.counter("repairing the best candidates"))
-            return [mean(selection.of_tier(tier, m).values()) for (tier, _), m in zip(tiers, masks, strict=True)]
+        def shipped(ladders: Sequence[Sequence[Mask]]) -> list[float]:
+            tiers = repair(state, model, ladders, report=state.counter("repairing the best candidates"))
+            return [mean(selection.of_tier(t, up[-1]).values()) for (t, _), up in zip(tiers, ladders, strict=True)]
 
         objective = Objective(state.observations.curves, price, measured, finalist, state.align, shipped)
         tiers = plan_ladder(full, args.budgets_j, objective, args.search_seconds, args.seed, state.tick)
@@ -93,7 +93,7 @@ def plan_tiers(state: CompileState) -> CompileState:
             return Behind(
                 price=lambda mask: plan_energy(state, mask, storage, path),
                 whole=lru_cache(lambda: mean(losses().of_mask(full).values())),
-                repaired=lambda mask: repaired(losses(), mask),
+                repaired=lambda mask: repaired(losses(), [mask]),
             )
 
         paths = {path: behind(path) for path in prompt_paths(args, len(full.layers))}
@@ -106,7 +106,7 @@ def plan_tiers(state: CompileState) -> CompileState:
             return mean(domain_means(text, selected_losses(model, selector, fitted, text, args.choice_part)).values())
 
         def fixed_loss(mask: Mask, path: PromptPath | None) -> float:
-            return repaired(ContinuationLoss(model, text, args.choice_part, pruned(path)), mask)
+            return repaired(ContinuationLoss(model, text, args.choice_part, pruned(path)), [mask])
 
         if args.selectors == "on" or (args.selectors == "auto" and storage.grid is None):
             choosing = Choosing(

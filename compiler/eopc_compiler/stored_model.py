@@ -110,7 +110,7 @@ def rounding_text(calibration: CalibrationSet) -> list[Tensor]:
 def repair(
     state: CompileState,
     model: Llama,
-    masks: Sequence[Mask],
+    ladders: Sequence[Sequence[Mask]],
     most: int | None = None,
     report: Report | None = None,
     pruned: PrunedPrompt | None = None,
@@ -119,14 +119,15 @@ def repair(
     """Tiers repaired on the calibration text, each within its share of bytes of its own.
 
     Args:
+        ladders: of every tier, the pruned tiers from the smallest up to itself.
         most: windows of a domain; None for all.
         pruned: how prompts run in the plan they are repaired for; None for through all layers.
         walked: what `calibration_walk` gives for as many windows, where prompts run through all layers.
     """
     assert state.calibration and state.storage and state.observations
     storage, config, curves = state.storage, state.config, state.observations.curves
-    limit = None if state.args.independent else EXTRAS_SHARE / max(1, pruned_tiers(state))
-    jobs = [(mask, own_matrices(config, mask, curves, storage, limit)) for mask in masks]
+    tiers, share = pruned_tiers(state), None if state.args.independent else EXTRAS_SHARE
+    jobs = [(ladder[-1], own_matrices(config, ladder, tiers, curves, storage, share)) for ladder in ladders]
     text = state.calibration.batches(most=most)
     return repair_tiers(model, jobs, text, state.args.prompt_part, rounding(storage), report, pruned, walked)
 

@@ -49,7 +49,7 @@ NARROW = Mask(tuple(LayerDims(i, 3, 96) for i in range(3)))  # adds 0.2, 0.5 and
 def test_own_matrices_stay_within_their_share(make_tiny: MakeTiny, mask: Mask, share: float) -> None:
     """Bytes of the chosen matrices are at most the share of the whole model's weights, and no other would fit in."""
     config, _ = make_tiny()
-    own = own_matrices(config, mask, CURVES, FP32, share)
+    own = own_matrices(config, [mask], 1, CURVES, FP32, share)
     limit = share * FP32.cost(config, full_mask(config)).weight_bytes
     sizes = {d.source_layer: 4 * 64 * d.intermediate_size for d in mask.layers}
     spent = sum(sizes[s] for s in own)
@@ -61,17 +61,29 @@ def test_layers_before_a_gap_come_first_then_loss_per_byte(make_tiny: MakeTiny) 
     """One matrix: that before the gap, though the cut layer has more loss to repair; without gaps, the dearest."""
     config, _ = make_tiny()
     whole = FP32.cost(config, full_mask(config)).weight_bytes
-    assert own_matrices(config, MASK, CURVES, FP32, 4 * 64 * 128 / whole) == {0}
+    assert own_matrices(config, [MASK], 1, CURVES, FP32, 4 * 64 * 128 / whole) == {0}
     dearer = [*CURVES[:2], curve(2, 0.2, 0.4)]
-    assert own_matrices(config, NARROW, dearer, FP32, 4 * 64 * 96 / whole) == {2}
+    assert own_matrices(config, [NARROW], 1, dearer, FP32, 4 * 64 * 96 / whole) == {2}
 
 
 def test_without_a_limit_every_layer_that_lost_something_has_its_own(make_tiny: MakeTiny) -> None:
     """Whole layers without a gap behind them need nothing, however much room there is."""
     config, _ = make_tiny()
-    assert own_matrices(config, NARROW, CURVES, FP32, None) == {0, 1, 2}
-    assert own_matrices(config, full_mask(config), CURVES, FP32, None) == frozenset()
-    assert own_matrices(config, Mask(full_mask(config).layers[:2]), CURVES, FP32, None) == {1}
+    assert own_matrices(config, [NARROW], 1, CURVES, FP32, None) == {0, 1, 2}
+    assert own_matrices(config, [full_mask(config)], 1, CURVES, FP32, None) == frozenset()
+    assert own_matrices(config, [Mask(full_mask(config).layers[:2])], 1, CURVES, FP32, None) == {1}
+
+
+def test_tiers_share_their_bytes_alike_and_a_larger_one_gets_what_smaller_ones_leave(make_tiny: MakeTiny) -> None:
+    """Room for four matrices and two tiers: two each, or three for the larger one where the smaller needs only one."""
+    config, _ = make_tiny()
+    room = 4 * 4 * 64 * 96 / FP32.cost(config, full_mask(config)).weight_bytes
+    one = Mask(NARROW.layers[:1])
+    assert len(own_matrices(config, [NARROW], 2, CURVES, FP32, room)) == 2
+    assert len(own_matrices(config, [NARROW, NARROW], 2, CURVES, FP32, room)) == 2
+    assert own_matrices(config, [one], 2, CURVES, FP32, room) == {0}
+    assert own_matrices(config, [one, NARROW], 2, CURVES, FP32, room) == {0, 1, 2}
+    assert len(own_matrices(config, [one, NARROW], 3, CURVES, FP32, room)) == 1  # a third tier is to come
 
 
 class Written:

@@ -71,13 +71,13 @@ class Case:
         share = 0.5 + 0.4 * ((7 * len(mask.layers) + sum(d.intermediate_size for d in mask.layers)) % 5) / 5
         return 1.0 + share * (self.objective.predicted(mask) - 1.0)
 
-    def shipped(self, masks: Sequence[Mask]) -> list[float]:
-        """More text changes nothing here."""
-        return [self.repaired(mask) for mask in masks]
+    def shipped(self, ladders: Sequence[Sequence[Mask]]) -> list[float]:
+        """More text changes nothing here, and neither do smaller tiers."""
+        return [self.repaired(ladder[-1]) for ladder in ladders]
 
     @property
     def objective(self) -> Objective:
-        return Objective(self.curves, price, self.measured, self.repaired, ALIGN, self.shipped)
+        return Objective(self.curves, price, self.measured, lambda up: self.repaired(up[-1]), ALIGN, self.shipped)
 
     def plan(self, budgets: Sequence[float], seconds: float = 12, **options: Any) -> tuple[TierPlan, ...]:
         return plan_ladder(self.full, budgets, self.objective, seconds, clock=Clock(), **options)
@@ -319,8 +319,8 @@ def test_measured_depth_decides_where_predictions_mislead() -> None:
     case = Case(curves)
     budget = price(Mask(case.full.layers[:4]))
 
-    def repaired(mask: Mask) -> float:
-        return 1.0 + sum(8 - d.intermediate_size for d in mask.layers)
+    def repaired(ladder: Sequence[Mask]) -> float:
+        return 1.0 + sum(8 - d.intermediate_size for d in ladder[-1].layers)
 
     objective = replace(case.objective, repaired=repaired)
     (_, tier) = plan_ladder(case.full, [budget], objective, 5, clock=Clock())
@@ -331,7 +331,7 @@ def test_measured_depth_decides_where_predictions_mislead() -> None:
 def test_depth_alone_is_measured_whichever_steps_before_it_cannot_fit() -> None:
     """At 7.5 J layers at their narrowest are a joule each, whole ones 1.9 J: steps of 6, 5, 4 and 3 layers fit."""
     case = Case([layer(i, [0.2], [0.1, 0.1, 0.1], 0.1 * i) for i in range(8)])
-    objective = replace(case.objective, repaired=lambda mask: 9.0 - len(mask.layers))
+    objective = replace(case.objective, repaired=lambda ladder: 9.0 - len(ladder[-1].layers))
     _, tier = plan_ladder(case.full, [7.5], objective, 0, clock=Clock())
     assert len(tier.mask.layers) == 6
     assert {row["layers"] for row in tier.considered} == {6, 5, 4, 3}
@@ -345,9 +345,9 @@ def test_finalists_that_lose_about_the_same_are_judged_as_they_ship() -> None:
         def repaired(self, mask: Mask) -> float:
             return 2.0 + 0.02 * (len(mask.layers) - 1)  # 0.02, 0.04 and 0.06 above the shallowest
 
-        def shipped(self, masks: Sequence[Mask]) -> list[float]:
-            asked.extend(masks)
-            return [3.0 - 0.1 * len(mask.layers) for mask in masks]
+        def shipped(self, ladders: Sequence[Sequence[Mask]]) -> list[float]:
+            asked.extend(ladder[-1] for ladder in ladders)
+            return [3.0 - 0.1 * len(ladder[-1].layers) for ladder in ladders]
 
     plan = Even(case.curves, case.worth).plan([case.between(0.5)])
     depths = [len(mask.layers) for mask in asked]
@@ -355,6 +355,24 @@ def test_finalists_that_lose_about_the_same_are_judged_as_they_ship() -> None:
     assert len(plan[1].mask.layers) == max(depths)
     considered = sorted(row["layers"] for row in plan[1].considered)
     assert min(depths) == considered[0] and max(depths) < considered[-1]
+
+
+def test_candidates_are_repaired_above_the_tiers_that_were_chosen_before() -> None:
+    """Which matrices a tier may have of its own depends on what smaller ones take."""
+    case, seen = example(), list[tuple[Mask, ...]]()
+
+    def repaired(ladder: Sequence[Mask]) -> float:
+        seen.append(tuple(ladder))
+        return case.repaired(ladder[-1])
+
+    def shipped(ladders: Sequence[Sequence[Mask]]) -> list[float]:
+        return [repaired(ladder) for ladder in ladders]
+
+    budgets = [case.between(depth) for depth in (0.25, 0.5, 0.75)]
+    objective = replace(case.objective, repaired=repaired, shipped=shipped)
+    _, *tiers = plan_ladder(case.full, budgets, objective, 5, clock=Clock())
+    chosen = [tier.mask for tier in reversed(tiers)]
+    assert {ladder[:-1] for ladder in seen} == {(), tuple(chosen[:1]), tuple(chosen[:2])}
 
 
 def test_given_masks_are_paired_with_the_budgets_below_dense() -> None:
