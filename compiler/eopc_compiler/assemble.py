@@ -67,9 +67,9 @@ def write_weights(
                 rotate_layer(layer, rotation)
             if observed and storage.grid:
                 equalize_layer(layer, observed.peaks[source], orders[source], config)
-            if group := storage.token_group_of("mlp.down_proj", source):
+            if inputs := storage.token_inputs("mlp.down_proj", source):
                 rotate_values(layer, config.head_dim)
-                rotate_channels(layer, group)
+                rotate_channels(layer, inputs)
             quantized = rounding.layer(source, layer, storage) if rounding else {}
             _write_layer(writer, entries, f"model.layers.{source}.", layer, quantized, dims, masks, config, storage)
             if report:

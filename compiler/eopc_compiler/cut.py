@@ -51,6 +51,6 @@ def _copy(writer: WeightWriter, reader: WeightReader, entry: Entry, cut: Cut | N
     codes = reader.stored(piece.codes)
     matrix: Tensor | Quantized = codes
     if piece.scales is not None:
-        matrix = Quantized(codes, reader.stored(piece.scales), piece.codes.dtype, entry.block, entry.input_scale)
+        matrix = Quantized(codes, reader.stored(piece.scales), piece.codes.dtype, entry.block, entry.inputs)
     cut = cut or Cut(((1, piece.codes.shape[-1]),), (1,))  # the head stays whole
     return writer.columns(matrix, cut.parts, cut.bounds, piece.codes.dtype)

@@ -148,7 +148,7 @@ def key_value_entries(
                 joined = torch.cat([reader.stored(s) for s in stored], -1)
                 scales = writer.tensor(joined[..., queries:], stored[0].dtype)
             piece = Piece(dims.num_key_value_heads, writer.tensor(codes, pieces[0].codes.dtype), scales)
-            entries[f"{owner}.kv_proj.{leaf}"] = ColumnMatrix((piece,), entry.block, entry.input_scale)
+            entries[f"{owner}.kv_proj.{leaf}"] = ColumnMatrix((piece,), entry.block, entry.inputs)
     return entries
 
 
@@ -213,7 +213,9 @@ def rounding(storage: Storage) -> Round:
         grid = storage.grid_of("mlp.down_proj", source)
         if grid is None:
             return weight.to(getattr(torch, storage.dtype)).float()
-        block, group = (of("mlp.down_proj", source) for of in (storage.block_of, storage.token_group_of))
-        return replace(gptq(weight, covariance, grid, block, getattr(torch, storage.dtype)), token_group=group)
+        rounded = gptq(
+            weight, covariance, grid, storage.block_of("mlp.down_proj", source), getattr(torch, storage.dtype)
+        )
+        return replace(rounded, inputs=storage.token_inputs("mlp.down_proj", source))
 
     return round_weight

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import Dialect
 from eopc_compiler.hadamard import hadamard
-from eopc_compiler.quantize import FP8, LEAST_PEAK, TOKEN_SCALE, single_block
+from eopc_compiler.quantize import FP8, LEAST_PEAK, TOKEN_SCALE, InputRounding, single_block
 from eopc_compiler.weight_table import WeightTable, row_count, unit_count
 from eopc_compiler.weights import ColumnMatrix, Entry, RowMatrix, Stored
 
@@ -53,14 +53,10 @@ def attach_weights(
             continue  # small constants of the graph itself
         name = value.name.removeprefix(PREFIX)
         entry, dims = table.of_tier(name, config.layers)
-        if isinstance(entry, RowMatrix) and entry.token_group is not None:
-            assert dims is not None
-            builder.turn(value, entry.token_group, row_count(name, dims, entry), name)
+        if not isinstance(entry, Stored) and entry.inputs is not None:
+            builder.turn(value, entry.inputs.group, name)
             if not single:
-                builder.divide_by_peaks(value, name)
-                builder.quantize_inputs(value, TOKEN_SCALE, "int8", name)
-        if isinstance(entry, ColumnMatrix) and entry.input_scale is not None and not single:
-            builder.quantize_inputs(value, entry.input_scale, entry.pieces[0].codes.dtype, name)
+                builder.round_inputs(value, entry.inputs, name)
         if name == "model.embed_tokens.weight":
             assert isinstance(entry, RowMatrix)
             builder.embedding(value, entry, name)
@@ -113,17 +109,21 @@ class _Builder:
         values = [self.constant(part, f"{name}.{i}") for i, part in enumerate(parts)]
         return self.node("Concat", values, f"{name}.joined", {"axis": -1 if len(parts[0].shape) == 1 else 1})
 
-    def quantize_inputs(self, weight: ir.Value, scale: float, grid: str, name: str) -> None:
-        """Round what a matrix multiplies to codes of a grid: QuantizeLinear, DequantizeLinear.
+    def round_inputs(self, weight: ir.Value, inputs: InputRounding, name: str) -> None:
+        """Round what a matrix multiplies to codes: QuantizeLinear, DequantizeLinear.
 
         Every matrix has a pair of its own, also where two share an input: ONNX Runtime multiplies codes by codes only
         where each DequantizeLinear has one reader.
         """
+        scale = inputs.scale
+        if scale is None:
+            self.divide_by_peaks(weight, name)
+            scale = TOKEN_SCALE
         ((matmul, _),) = weight.uses()
         assert matmul.op_type == "MatMul"
         dtype = np.float16 if weight.dtype == ir.DataType.FLOAT16 else np.float32
         size = self.small(f"{name}.input_scale", np.array(scale, dtype=dtype))
-        zero = self.small(f"{name}.input_zero", np.array(0, dtype=DTYPES[grid].numpy()))
+        zero = self.small(f"{name}.input_zero", np.array(0, dtype=DTYPES[inputs.stored].numpy()))
         codes = ir.node("QuantizeLinear", [matmul.inputs[0], size, zero])
         values = ir.node("DequantizeLinear", [codes.outputs[0], size, zero])
         codes.outputs[0].name, values.outputs[0].name = f"{name}.input_codes", f"{name}.input_values"
@@ -156,11 +156,13 @@ class _Builder:
             for value in values:
                 del self.graph.initializers[value.name or ""]
 
-    def turn(self, weight: ir.Value, group: int, width: int, name: str) -> None:
+    def turn(self, weight: ir.Value, group: int, name: str) -> None:
         """Turn what a matrix multiplies in groups (`hadamard.turned`); nothing for groups of one."""
         if group == 1:
             return
         ((matmul, _),) = weight.uses()
+        assert weight.shape is not None
+        width = weight.shape[0]
         grouped = self.shared(f"groups_of_{group}", np.array([0, 0, -1, group], dtype=np.int64))
         joined = self.shared(f"joined_to_{width}", np.array([0, 0, width], dtype=np.int64))
         matrix = self.shared(f"hadamard_{group}", hadamard(group).numpy())

@@ -12,7 +12,7 @@ from torch import Tensor
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.dialects import EagerOps, rotary_tables
 from eopc_compiler.model import Block, Llama, Projection
-from eopc_compiler.quantize import Quantized, gptq, round_to_nearest, static_scale
+from eopc_compiler.quantize import InputRounding, Quantized, gptq, round_to_nearest, static_scale
 from eopc_compiler.sequences import attend
 from eopc_compiler.storage import HEAD, Storage
 
@@ -23,7 +23,7 @@ def round_matrix(name: str, layer: int, matrix: Tensor, storage: Storage) -> Ten
     if grid is None:
         return matrix
     rounded = round_to_nearest(matrix, grid, storage.block_of(name, layer), getattr(torch, storage.dtype))
-    return replace(rounded, token_group=storage.token_group_of(name, layer))
+    return replace(rounded, inputs=storage.token_inputs(name, layer))
 
 
 class LayerRounding:
@@ -55,8 +55,7 @@ class LayerRounding:
             for name, module, (codes, scales) in zip(names, modules, parts, strict=True):
                 found[name] = replace(joined, codes=codes, scales=scales)
                 module.weight.data = found[name].dequantize()
-                module.input_scale, module.input_grid = joined.input_scale, joined.stored
-                module.token_group = joined.token_group
+                module.inputs = joined.inputs
 
         normed = [layer.input_layernorm(x) for x in self._hidden]
         fit(normed, "self_attn.qkv_proj")
@@ -80,12 +79,9 @@ class LayerRounding:
         assert grid is not None
         dtype, rows = getattr(torch, storage.dtype), [x.flatten(0, 1) for x in inputs]
         rounded = gptq(weight, _gram(rows), grid, storage.block_of(name, layer), dtype)
-        static = storage.has_static_inputs(name, layer)
-        return replace(
-            rounded,
-            input_scale=static_scale(rows, dtype, rounded.stored) if static else None,
-            token_group=storage.token_group_of(name, layer),
-        )
+        if storage.has_static_inputs(name, layer):
+            return replace(rounded, inputs=InputRounding(rounded.stored, static_scale(rows, dtype, rounded.stored)))
+        return replace(rounded, inputs=storage.token_inputs(name, layer))
 
 
 def _gram(inputs: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from eopc_compiler.prompt_pass import Pool, PromptPass
 from eopc_compiler.selector import ChannelSelector, Selector
 from eopc_compiler.token_selector import PromptPath
 from eopc_compiler.weight_table import WeightTable, row_count, unit_count
-from eopc_compiler.weights import ColumnMatrix, Entry, RowMatrix, Stored, WeightReader
+from eopc_compiler.weights import ColumnMatrix, Entry, Stored, WeightReader
 
 
 def load_tier(config: LlamaConfig, table: WeightTable, reader: WeightReader, context: int) -> Llama:
@@ -55,10 +55,7 @@ def _load(model: nn.Module, config: LlamaConfig, table: WeightTable, reader: Wei
         module = model.get_submodule(owner)
         setattr(module, leaf, nn.Parameter(value, requires_grad=False))
         if leaf == "weight" and isinstance(module, Projection):
-            if isinstance(entry, ColumnMatrix):
-                module.input_scale, module.input_grid = entry.input_scale, entry.pieces[0].codes.dtype
-            elif isinstance(entry, RowMatrix):
-                module.token_group = entry.token_group
+            module.inputs = None if isinstance(entry, Stored) else entry.inputs
     for buffer in ("cos", "sin"):
         entry = table.entries[buffer]
         assert isinstance(entry, Stored)

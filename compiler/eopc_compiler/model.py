@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from eopc_compiler.config import LayerDims, LlamaConfig
 from eopc_compiler.dialects import EagerOps, Ops, rotary_tables
-from eopc_compiler.hadamard import turned
-from eopc_compiler.quantize import round_inputs, round_tokens
+from eopc_compiler.quantize import InputRounding
 
 MASK_VALUE = -30000.0  # drops a position after softmax, and stays finite in fp16 when added to any score
 
@@ -319,8 +318,8 @@ class FeedForward(nn.Module):
     def hidden(self, x: Tensor) -> Tensor:
         """What down_proj reads, [..., width]."""
         channels = swiglu(self.gate_proj(x), self.up_proj(x))
-        group = self.down_proj.token_group
-        return channels if group is None else turned(channels, group)
+        inputs = self.down_proj.inputs
+        return channels if inputs is None else inputs.turned(channels)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -349,10 +348,8 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(torch.empty(fan_out, fan_in), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(fan_out), requires_grad=False) if bias else None
         self.transposed = False
-        self.input_scale: float | None = None  # with one, inputs are rounded to codes of this scale
-        self.input_grid = "int8"  # of these codes
-        self.token_group: int | None = None  # with one, they are rounded with a scale of every token's own
-        self.rounds = True  # else inputs are left as they are, for comparison
+        self.inputs: InputRounding | None = None  # how inputs are rounded before they are multiplied
+        self.rounds = True  # else they are left as they are, for comparison
 
     @classmethod
     def merged(cls, parts: Sequence[Projection]) -> Projection:
@@ -385,18 +382,14 @@ class Projection(nn.Module):
 
     def _rounded(self, x: Tensor) -> Tensor:
         """The inputs as the device gets them; gradients pass straight through."""
-        if self.input_scale is not None:
-            rounded = round_inputs(x, self.input_scale, self.input_grid)
-        elif self.token_group is not None:
-            rounded = round_tokens(x)
-        else:
+        if self.inputs is None:
             return x
+        rounded = self.inputs.rounded(x)
         return x + (rounded - x).detach() if x.requires_grad else rounded
 
     def reads_as(self, other: Projection) -> None:
         """Take over how another one rounds its inputs."""
-        self.input_scale, self.input_grid = other.input_scale, other.input_grid
-        self.token_group, self.rounds = other.token_group, other.rounds
+        self.inputs, self.rounds = other.inputs, other.rounds
 
 
 def causal_mask(positions: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:

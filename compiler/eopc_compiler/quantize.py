@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eopc_compiler.hadamard import turned
+
 BLOCK_CHOICES = (64, 32, 16)
 SINGLE_BLOCKS = (128, 64, 32, 16)  # in graphs for single tokens: the fewer scales, the fewer bytes
 GPTQ_DAMPING = 0.05  # of the Hessian's mean diagonal; the published 0.01 fits short calibration text too closely
@@ -68,20 +70,37 @@ SCALE_CHOICES = {"int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}  # of the full scale
 
 
 @dataclass(frozen=True, slots=True)
+class InputRounding:
+    """How the inputs of a matrix are rounded to codes: with one constant scale, or with one of every token's own.
+
+    With scales of their own, neighbouring inputs are turned before in groups of so many (`hadamard.turned`).
+    """
+
+    stored: str = "int8"  # the codes' type
+    scale: float | None = None  # the constant; None for scales per token
+    group: int = 1  # 1 leaves inputs as they are
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Inputs x [..., width] as they stand before they are rounded."""
+        return turned(x, self.group) if self.group > 1 else x
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Turned inputs [..., width] as the device multiplies them."""
+        return round_tokens(x) if self.scale is None else round_inputs(x, self.scale, self.stored)
+
+
+@dataclass(frozen=True, slots=True)
 class Quantized:
     """codes [in, out] of a grid; scales [in / block, out], or [out] where one scale serves a whole column.
 
-    With an input scale, the matrix multiplies inputs rounded to codes of the same stored type and that scale (static
-    quantisation). With a token group, inputs are rounded to int8 with a scale of every token's own, and neighbouring
-    ones are turned before in groups of so many (`hadamard.turned`); 1 leaves them as they are.
+    With `inputs`, the matrix multiplies codes: inputs rounded so.
     """
 
     codes: Tensor
     scales: Tensor
     grid: str  # a key of GRIDS
     block: int | None
-    input_scale: float | None = None
-    token_group: int | None = None
+    inputs: InputRounding | None = None
 
     @property
     def stored(self) -> str:

@@ -15,8 +15,9 @@ import math
 import torch
 from torch import Tensor
 
-from eopc_compiler.hadamard import hadamard, turned
+from eopc_compiler.hadamard import hadamard
 from eopc_compiler.model import Block, Projection
+from eopc_compiler.quantize import InputRounding
 
 LARGEST_FACTOR = 64  # Hadamard factors: small ones make a large rotation cheap to apply
 
@@ -81,11 +82,11 @@ def rotate_values(block: Block, head_dim: int) -> None:
     attention.o_proj.weight.data = heads(attention.o_proj.weight.data.t()).t().contiguous()
 
 
-def rotate_channels(block: Block, group: int) -> None:
+def rotate_channels(block: Block, inputs: InputRounding) -> None:
     """Have down_proj read its channels turned in groups, in place: `FeedForward.hidden` turns them from now on."""
     output = block.mlp.down_proj
-    output.weight.data = turned(output.weight.data.t(), group).t().contiguous()
-    output.token_group = group
+    output.weight.data = inputs.turned(output.weight.data.t()).t().contiguous()
+    output.inputs = inputs
 
 
 def rotate_head(norm: Tensor, head: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.dialects import Dialect
 from eopc_compiler.ladder import Mask, full_mask, prompt_cost, tier_cost
-from eopc_compiler.quantize import FP8, GRIDS, PAIRED, choose_block
+from eopc_compiler.quantize import FP8, GRIDS, PAIRED, InputRounding, choose_block
 from eopc_compiler.selector import Selector
 from eopc_compiler.token_selector import PromptPath
 from eopc_runtime.energy import TierCost
@@ -72,15 +72,15 @@ class Storage:
         """Whether a matrix of a source layer multiplies rounded inputs."""
         return self.grid_of(name, layer) in (PAIRED, FP8) and self._normed(name)
 
-    def token_group_of(self, name: str, layer: int) -> int | None:
-        """How inputs of a matrix are turned that are rounded per token (`Quantized`); None where they are not."""
-        if self.grid_of(name, layer) != PAIRED or not self._other(name):
+    def token_inputs(self, name: str, layer: int) -> InputRounding | None:
+        """How inputs of a matrix are rounded that are rounded per token; None where they are not."""
+        if self.grid_of(name, layer) != PAIRED or self.token_group is None or not any(kind in name for kind in OTHERS):
             return None
-        return self.token_group if "down_proj" in name else 1
+        return InputRounding(group=self.token_group if "down_proj" in name else 1)
 
     def block_of(self, name: str, layer: int) -> int | None:
         """Inputs per scale of a matrix: products of codes are summed over a whole column before they are scaled."""
-        return None if self.has_static_inputs(name, layer) or self.token_group_of(name, layer) else self.block
+        return None if self.has_static_inputs(name, layer) or self.token_inputs(name, layer) else self.block
 
     def bytes_per_weight(self, name: str, layer: int) -> float:
         """Stored bytes per element of a matrix, scales included."""
@@ -130,8 +130,8 @@ class Storage:
         )
 
     def _turned(self, name: str, layer: int) -> int:
-        group = self.token_group_of(name, layer) or 1
-        return group if group > 1 else 0
+        inputs = self.token_inputs(name, layer)
+        return inputs.group if inputs and inputs.group > 1 else 0
 
     def _normed(self, name: str) -> bool:
         return self.static_inputs and any(kind in name for kind in NORMED)

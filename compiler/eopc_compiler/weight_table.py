@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from eopc_compiler.config import LayerDims
+from eopc_compiler.quantize import InputRounding
 from eopc_compiler.weights import ColumnMatrix, Entry, Piece, RowMatrix, Stored
 
 
@@ -42,10 +43,12 @@ def _entry(fields: dict[str, Any]) -> Entry:
     kind = fields.pop("kind")
     if kind == "Stored":
         return _stored(fields)
+    inputs = fields["inputs"] and InputRounding(**fields["inputs"])
     if kind == "RowMatrix":
-        return RowMatrix(**{**fields, "codes": _stored(fields["codes"]), "scales": _stored_or_none(fields["scales"])})
+        codes, scales = _stored(fields["codes"]), _stored_or_none(fields["scales"])
+        return RowMatrix(**{**fields, "codes": codes, "scales": scales, "inputs": inputs})
     pieces = [Piece(p["units"], _stored(p["codes"]), _stored_or_none(p["scales"])) for p in fields["pieces"]]
-    return ColumnMatrix(tuple(pieces), fields["block"], fields["input_scale"])
+    return ColumnMatrix(tuple(pieces), fields["block"], inputs)
 
 
 def _stored(fields: dict[str, Any]) -> Stored:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eopc_compiler.quantize import Quantized, pack_int4
+from eopc_compiler.quantize import InputRounding, Quantized, pack_int4
 
 WEIGHTS_FILE = "weights.bin"
 ALIGNMENT = 64  # bytes; a cache line, and what vector loads want
@@ -54,7 +54,7 @@ class ColumnMatrix:
 
     pieces: tuple[Piece, ...]
     block: int | None
-    input_scale: float | None = None  # inputs are rounded first, to codes of the same kind and this scale
+    inputs: InputRounding | None = None
 
     def kept(self, units: int) -> tuple[Piece, ...]:
         """The pieces of a tier that keeps `units` units, in column order."""
@@ -69,7 +69,7 @@ class RowMatrix:
     scales: Stored | None
     block: int | None
     rows_per_unit: int = 1
-    token_group: int | None = None  # inputs are rounded first, see `Quantized`
+    inputs: InputRounding | None = None
 
     def kept(self, rows: int) -> tuple[Stored, Stored | None]:
         """Codes and scales of the first `rows` rows."""
@@ -131,7 +131,7 @@ class WeightWriter:
             start += units * width
         if isinstance(matrix, Tensor):
             return ColumnMatrix(tuple(pieces), None)
-        return ColumnMatrix(tuple(pieces), matrix.block, matrix.input_scale)
+        return ColumnMatrix(tuple(pieces), matrix.block, matrix.inputs)
 
     def rows(self, matrix: Tensor | Quantized, dtype: str, rows_per_unit: int = 1) -> RowMatrix:
         """Write a matrix of which tiers keep a prefix of rows."""
@@ -139,7 +139,7 @@ class WeightWriter:
             return RowMatrix(self.tensor(matrix, dtype), None, None, rows_per_unit)
         codes = self.tensor(matrix.codes, matrix.stored)
         scales = self.tensor(matrix.scales, _name(matrix.scales))
-        return RowMatrix(codes, scales, matrix.block, rows_per_unit, matrix.token_group)
+        return RowMatrix(codes, scales, matrix.block, rows_per_unit, matrix.inputs)
 
     def _piece(self, matrix: Tensor | Quantized, columns: slice, units: int, dtype: str) -> Piece:
         if isinstance(matrix, Tensor):

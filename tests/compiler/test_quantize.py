@@ -16,6 +16,7 @@ from eopc_compiler.quantize import (
     FP8,
     GRIDS,
     PAIRED,
+    InputRounding,
     Quantized,
     block_scales,
     choose_block,
@@ -361,7 +362,7 @@ def test_gradients_pass_through_rounded_inputs(rounding: str) -> None:
     output = Projection(64, 16, bias=False).fuse()
     generator = torch.Generator().manual_seed(8)
     output.weight = torch.nn.Parameter(torch.randn(64, 16, generator=generator), requires_grad=False)
-    output.input_scale, output.token_group = (0.03, None) if rounding == "static" else (None, 1)
+    output.inputs = InputRounding(scale=0.03 if rounding == "static" else None)
     x = torch.randn(3, 64, generator=generator)
     with torch.no_grad():
         want = output(x)

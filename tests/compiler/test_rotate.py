@@ -11,8 +11,10 @@ from torch import Tensor
 
 from eopc_compiler.assemble import deployment_layer
 from eopc_compiler.config import LlamaConfig
+from eopc_compiler.hadamard import hadamard, turned
 from eopc_compiler.ladder import UnitOrder
 from eopc_compiler.model import Block, build_model
+from eopc_compiler.quantize import InputRounding
 from eopc_compiler.rotate import Rotation, rotate_channels, rotate_head, rotate_layer, rotate_values
 from eopc_compiler.sequences import run_layer
 
@@ -88,8 +90,8 @@ def test_turned_values_and_channels_compute_the_same(make_tiny: MakeTiny, change
 
     whole, turned = layer(), layer()
     rotate_values(turned, config.head_dim)
-    rotate_channels(turned, 32)
-    assert turned.mlp.down_proj.token_group == 32
+    rotate_channels(turned, InputRounding(group=32))
+    assert turned.mlp.down_proj.inputs == InputRounding(group=32)
     turned.mlp.down_proj.rounds = False
     x = torch.randn(2, 7, config.hidden_size, generator=torch.Generator().manual_seed(5))
     want = run_layer(plain, whole, x)
@@ -102,3 +104,12 @@ def test_turned_values_and_channels_compute_the_same(make_tiny: MakeTiny, change
         block.mlp.down_proj.weight = torch.nn.Parameter(block.mlp.down_proj.weight[:64], requires_grad=False)
     want = run_layer(plain, whole, x)
     torch.testing.assert_close(run_layer(plain, turned, x), want, atol=1e-5 * float(want.abs().max()), rtol=0)
+
+
+def test_a_hadamard_matrix_that_a_meta_model_asked_for_first_has_values() -> None:
+    """It is kept for all that ask later, wherever the first one lay."""
+    hadamard.cache_clear()
+    with torch.device("meta"):
+        assert turned(torch.zeros(3, 16), 16).is_meta
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(turned(turned(x, 16), 16), x)

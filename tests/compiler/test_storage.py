@@ -18,7 +18,7 @@ from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.ladder import full_mask
 from eopc_compiler.model import Llama
 from eopc_compiler.pricing import storage_for
-from eopc_compiler.quantize import PAIRED
+from eopc_compiler.quantize import PAIRED, InputRounding
 from eopc_compiler.state import BuildArgs, CompileState
 from eopc_compiler.storage import Storage
 from eopc_runtime.profiles import load_profile
@@ -52,7 +52,8 @@ def test_every_matrix_of_a_layer_reads_codes_and_the_head_does_not() -> None:
     storage = Storage("int8", "float32", 64, static_inputs=True, token_group=64)
     static = {n: storage.has_static_inputs(n, 3) for n in ("qkv_proj", "gate_proj", "up_proj", "o_proj", "down_proj")}
     assert [n for n, found in static.items() if found] == ["qkv_proj", "gate_proj", "up_proj"]
-    assert [storage.token_group_of(f"mlp.{n}", 3) for n in static] == [None, None, None, 1, 64]
+    assert [storage.token_inputs(f"mlp.{n}", 3) for n in list(static)[:3]] == [None, None, None]
+    assert [storage.token_inputs(n, 3) for n in list(static)[3:]] == [InputRounding(), InputRounding(group=64)]
     assert {(storage.grid_of(n, 3), storage.block_of(n, 3)) for n in static} == {(PAIRED, None)}
     assert (storage.grid_of("lm_head", -1), storage.block_of("lm_head", -1)) == ("int8", 64)
     assert storage.exact_products
@@ -65,7 +66,7 @@ def test_turning_channels_is_priced_as_it_is_counted(make_tiny: MakeTiny) -> Non
     with torch.device("meta"):
         model = Llama(config).fuse()
         for block in model.blocks:
-            block.mlp.down_proj.token_group = 32
+            block.mlp.down_proj.inputs = InputRounding(group=32)
         hidden = torch.zeros(1, 1, config.hidden_size)
         with FlopCounterMode(display=False) as counter:
             for block in model.blocks:
