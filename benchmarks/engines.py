@@ -89,6 +89,7 @@ def built(options: argparse.Namespace, folder: Path, dialect: str, precision: st
             masks=masks,
             prefill_depth="all",
             calibration_windows=options.windows,
+            repair_windows=options.windows,
             output=output,
             workload=Workload(*map(int, options.workload.split(":"))),
             dialect=dialect,

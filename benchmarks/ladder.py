@@ -119,7 +119,7 @@ def start(args: BuildArgs, options: argparse.Namespace) -> CompileState:
             return calibration_set(tokenizer, options.corpora, DOMAINS, most * length, length, args.seed, split)
 
         found = {"selection": windows("selection", max(2, count // 4)), "heldout": windows("heldout", 2)}
-        return replace(state, calibration=windows("calibration", count), **found)
+        return replace(state, calibration=windows("calibration", args.repair_windows), **found)
 
     return run_passes(state, tuple(read_corpora if step is read_calibration else step for step in PASSES))
 

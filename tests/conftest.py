@@ -115,6 +115,7 @@ def tiny_args(checkpoint: Path, output: Path, **changes: Any) -> Any:
         search_seconds=0.5,
         prefill_depth="all",
         calibration_windows=2,
+        repair_windows=2,
         calibration_length=64,
     )
     return replace(args, **changes)

@@ -99,13 +99,14 @@ def read_calibration(state: CompileState) -> CompileState:
     domains = read_mixture(args.calib)
 
     length, seed, n = args.calibration_length, args.seed, args.calibration_windows
+    most = max(n, args.repair_windows)
 
     def windows(split: Split, count: int) -> CalibrationSet:
         return build_calibration(tokenizer, domains, count, length, seed, split, allow_fewer=True)
 
     return replace(
         state,
-        calibration=select_calibration(args.calib_select, tokenizer, domains, n, length, seed, state.say),
+        calibration=select_calibration(args.calib_select, tokenizer, domains, most, length, seed, state.say),
         selection=windows("selection", max(2, n // 4)),
         heldout=windows("heldout", max(2, n // 3)),
     )
@@ -116,10 +117,11 @@ def observe_dense(state: CompileState) -> CompileState:
     assert state.checkpoint and state.calibration and state.heldout
     assert state.selection is not None
     calibration, heldout, selection = state.calibration, state.heldout, state.selection
+    most = state.args.calibration_windows
     inputs = {
         "version": __version__,
         "model": state.checkpoint.fingerprint,
-        "text": calibration.fingerprint,
+        "text": [calibration.fingerprint, most],
         "heldout": heldout.fingerprint,
         "selection": selection.fingerprint,
         "parcel": state.align,
@@ -131,7 +133,7 @@ def observe_dense(state: CompileState) -> CompileState:
         model = dense_model(state)
         report = state.counter("observing the dense model")
         metric_report = state.counter("sensitivity of the loss", "sequences")
-        seen = observe(model, calibration.batches(), state.align, state.args.seed, report, rank, metric_report)
+        seen = observe(model, calibration.batches(most=most), state.align, state.args.seed, report, rank, metric_report)
         windows = [(f"{split.split}.{name}", t) for split in (heldout, selection) for name, t in split.domains]
         losses = {name: mean_loss(model, t, state.counter(f"loss on {name}", "windows")) for name, t in windows}
         save_observations(path, seen, losses)

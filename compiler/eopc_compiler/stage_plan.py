@@ -76,7 +76,8 @@ def plan_tiers(state: CompileState) -> CompileState:
             return repaired(selection, ladder, walk())
 
         def shipped(ladders: Sequence[Sequence[Mask]]) -> list[float]:
-            tiers = repair(state, model, ladders, report=state.counter("repairing the best candidates"))
+            count = state.counter("repairing the best candidates")
+            tiers = repair(state, model, ladders, args.calibration_windows, count)
             return [mean(selection.of_tier(t, up[-1]).values()) for (t, _), up in zip(tiers, ladders, strict=True)]
 
         objective = Objective(state.observations.curves, price, measured, finalist, state.align, shipped)

@@ -77,10 +77,12 @@ def _trained(state: CompileState, index: int, selector: Selector) -> Path:
         model = deployed_model(state, storage)
         domains = read_mixture(list(args.calib))
         text = training_windows(checkpoint.tokenizer(), domains, RECOVERY_TOKENS, args.calibration_length, args.seed)
-        start = fit(state, model, selector, report=state.counter(f"fitting t{index}"))
+        start = fit(state, model, selector, args.calibration_windows, state.counter(f"fitting t{index}"))
         settings = scorer_settings(minutes, seed=args.seed)
         folder = state.cache.folder / "scorers"
-        texts = ScorerText(text, calibration.batches(), selection.domains, args.choice_part)
+        texts = ScorerText(
+            text, calibration.batches(most=args.calibration_windows), selection.domains, args.choice_part
+        )
         found = train_scorers(model, selector, start, texts, settings, folder=folder, report=state.tick)
         _save(path, selector, found)
         before, after = mean(found.before.values()), mean(found.after.values())

@@ -194,7 +194,7 @@ def repair_inputs(state: CompileState) -> dict[str, Any]:
     return {
         "version": __version__,
         "model": state.checkpoint.fingerprint,
-        "text": state.calibration.fingerprint,
+        "text": [state.calibration.fingerprint, state.args.calibration_windows],
         "storage": asdict(state.storage),
         "independent": state.args.independent,
         "tiers": pruned_tiers(state),

@@ -116,6 +116,14 @@ def sum_moments(
     return sums
 
 
+def weighted_mean(batches: Sequence[Batch], values: Sequence[Tensor]) -> Tensor:
+    """The mean [width] of values [n, S, width] over the batches of a mixture, fp64."""
+    rows = [x.flatten(0, 1) for x in values]
+    total = sum(batch.weight * len(x) for batch, x in zip(batches, rows, strict=True))
+    sums = [batch.weight * x.sum(0, dtype=torch.float64) for batch, x in zip(batches, rows, strict=True)]
+    return torch.stack(sums).sum(0) / total
+
+
 @dataclass(frozen=True, slots=True)
 class Removals:
     """Units in the order they should go, and the summed error once each is gone."""

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from eopc_compiler.calibration import Batch
 from eopc_compiler.handover import Met, inherited, walk
 from eopc_compiler.ladder import Mask
-from eopc_compiler.model import Block, Llama, Projection
+from eopc_compiler.model import Llama, Projection
 from eopc_compiler.quantize import Quantized
 from eopc_compiler.sequences import add_attention, add_output, ffn_inputs
-from eopc_compiler.surgery import Moments, repair, sum_moments
+from eopc_compiler.surgery import repair, sum_moments, weighted_mean
 from eopc_compiler.tier_model import tier_view
 from eopc_compiler.token_selector import PrunedPrompt
 
@@ -124,10 +124,21 @@ class _Repair:
         layer, source = self.view.blocks[self._position], self._mask.layers[self._position].source_layer
         if needs_repair(self._mask, self._position, self._model):
             targets = [whole.float() - x for whole, x in zip(met.hidden, middle, strict=True)]
-            moments = sum_moments(self._batches, inputs, targets).moments()
-            self.repaired.append(_fit(layer, source, moments, source in self._own, self._round))
+            self.repaired.append(self._mend(layer.mlp.down_proj, source, inputs, targets))
         self._hidden = [add_output(x, layer.mlp.down_proj, h) for x, h in zip(middle, inputs, strict=True)]
         self._running, self._position = None, self._position + 1
+
+    def _mend(self, output: Projection, source: int, inputs: list[Tensor], targets: list[Tensor]) -> Repaired:
+        """The repaired map of a layer, put in place: a new matrix and bias, or only the bias."""
+        stored: Tensor | Quantized | None = None
+        if source in self._own:
+            moments = sum_moments(self._batches, inputs, targets).moments()
+            fitted, _ = repair(moments, output.weight.data.t(), torch.arange(len(output.weight)))
+            stored = self._round(source, fitted.t().float().contiguous(), moments.covariance)
+        weight = output.weight.data if stored is None else _values(stored)
+        bias = weighted_mean(self._batches, targets) - weighted_mean(self._batches, inputs) @ weight.double()
+        _set_output(output, stored, bias.float())
+        return Repaired(source, stored, bias.float())
 
 
 def needs_repair(mask: Mask, position: int, model: Llama) -> bool:
@@ -151,23 +162,11 @@ def apply_repair(tier: Llama, mask: Mask, repaired: Sequence[Repaired]) -> Llama
     return tier
 
 
-def _fit(layer: Block, source: int, moments: Moments, own: bool, round_weight: Round) -> Repaired:
-    """The repaired map of a layer, put in place: a new matrix and bias, or only the bias."""
-    output = layer.mlp.down_proj
-    every = torch.arange(output.weight.shape[0])
-    stored: Tensor | Quantized | None = None
-    weight = output.weight.data
-    if own:
-        fitted, _ = repair(moments, weight.t(), every)
-        stored = round_weight(source, fitted.t().float().contiguous(), moments.covariance)
-        weight = stored.dequantize() if isinstance(stored, Quantized) else stored
-    bias = (moments.target_mean - moments.mean @ weight.double()).float()
-    _set_output(output, stored, bias)
-    return Repaired(source, stored, bias)
-
-
 def _set_output(output: Projection, weight: Tensor | Quantized | None, bias: Tensor) -> None:
     if weight is not None:
-        values = weight.dequantize() if isinstance(weight, Quantized) else weight
-        output.weight = nn.Parameter(values, requires_grad=False)
+        output.weight = nn.Parameter(_values(weight), requires_grad=False)
     output.bias = nn.Parameter(bias, requires_grad=False)
+
+
+def _values(weight: Tensor | Quantized) -> Tensor:
+    return weight.dequantize() if isinstance(weight, Quantized) else weight

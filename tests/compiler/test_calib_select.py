@@ -14,9 +14,10 @@ import torch
 from click.testing import CliRunner
 
 from eopc_compiler.cache import StageCache
-from eopc_compiler.calibration import Domain, build_calibration, select_calibration
+from eopc_compiler.calibration import Batch, Domain, build_calibration, select_calibration
 from eopc_compiler.checkpoint import open_checkpoint
-from eopc_compiler.pipeline import read_calibration
+from eopc_compiler.model import Llama
+from eopc_compiler.pipeline import choose_dialect, observe_dense, read_calibration
 from eopc_compiler.state import CompileState
 from eopc_runtime.cli.main import cli
 from eopc_runtime.errors import EopcError, UsageError
@@ -108,6 +109,30 @@ def test_build_calibrates_on_clusters_and_judges_by_domain(
     assert read.calibration and read.selection and read.heldout
     assert all(name.startswith("cluster") for name in read.calibration.names)
     assert read.selection.names == read.heldout.names == names
+
+
+@pytest.mark.parametrize(("planned", "repaired"), [(2, 5), (5, 2)])
+def test_tiers_are_repaired_on_more_text_than_they_are_planned_on(
+    tiny_checkpoint: Path, tmp_path: Path, build_settings: Callable[..., Any], planned: int, repaired: int
+) -> None:
+    """The calibration text is enough for whichever is more; statistics are of the first windows of it."""
+    settings = {"calibration_windows": planned, "repair_windows": repaired}
+    args = replace(build_settings(tiny_checkpoint, tmp_path / "out"), **settings)
+    cache = StageCache(tmp_path / "work", resume=False)
+    state = CompileState(args, cache, load_profile("cpu"), lambda _: None, lambda _: None)
+    read = read_calibration(replace(state, checkpoint=open_checkpoint(str(tiny_checkpoint))))
+    seen = list[int]()
+
+    def observed(_model: Llama, batches: Sequence[Batch], *_: Any) -> None:
+        seen.extend(len(batch.tokens) for batch in batches if batch.domain == 0)
+        raise EopcError("seen")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(EopcError, match="seen"):
+        patch.setattr("eopc_compiler.pipeline.observe", observed)
+        observe_dense(choose_dialect(read))
+    cache.close()
+    assert read.calibration and [len(w) for _, w in read.calibration.domains] == [5, 5, 5, 5]
+    assert sum(seen) == planned
 
 
 def test_build_passes_the_option_on(monkeypatch: pytest.MonkeyPatch) -> None:

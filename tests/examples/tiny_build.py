@@ -35,6 +35,7 @@ def main() -> None:
             context=512,
             search_seconds=0.0,
             calibration_windows=2,
+            repair_windows=2,
             calibration_length=64,
         )
     )
