@@ -120,7 +120,7 @@ def choose_block(widths: set[int], grid: str | None) -> int | None:
     """
     if grid == FP8:
         return None
-    return next((b for b in BLOCK_CHOICES if all(w % b == 0 for w in widths) and (grid != "int4" or b <= 32)), None)
+    return _largest(widths, [b for b in BLOCK_CHOICES if grid != "int4" or b <= 32])
 
 
 def single_block(width: int) -> int:
@@ -129,10 +129,15 @@ def single_block(width: int) -> int:
     Raises:
         ValueError: the width divides into no block.
     """
-    for block in SINGLE_BLOCKS:
-        if width % block == 0:
-            return block
-    raise ValueError(f"a width of {width} divides into no block of {SINGLE_BLOCKS}")
+    block = _largest({width}, SINGLE_BLOCKS)
+    if block is None:
+        raise ValueError(f"a width of {width} divides into no block of {SINGLE_BLOCKS}")
+    return block
+
+
+def _largest(widths: set[int], blocks: Sequence[int]) -> int | None:
+    """The first block, from the largest, that all widths divide into."""
+    return next((b for b in blocks if all(w % b == 0 for w in widths)), None)
 
 
 def round_inputs(x: Tensor, scale: float, grid: str) -> Tensor:
