@@ -111,9 +111,14 @@ class Met:
     hidden: tuple[Tensor, ...]  # hidden states [n, S - prompt, hidden] behind the prompt
 
     def halved(self) -> Met:
-        """The same to keep: hidden states in half precision, which a repair's targets bear, unless one is too large."""
-        halves = [x.half() for x in self.hidden]
-        return Met(self.pasts, tuple(h if h.isfinite().all() else x for h, x in zip(halves, self.hidden, strict=True)))
+        """The same to keep: hidden states in half precision, which a repair's targets bear."""
+        return Met(self.pasts, tuple(half(x) for x in self.hidden))
+
+
+def half(x: Tensor) -> Tensor:
+    """A tensor in half precision, as it is where one value is too large for that."""
+    halved = x.half()
+    return halved if halved.isfinite().all() else x
 
 
 def walk(model: Llama, batches: Sequence[Batch], prompt: int, pruned: PrunedPrompt | None = None) -> Iterator[Met]:
@@ -126,9 +131,9 @@ def walk(model: Llama, batches: Sequence[Batch], prompt: int, pruned: PrunedProm
         caches = [PromptCache(model, prompt, pruned) for _ in batches]
         for index in range(len(model.blocks)):
             pasts = tuple(cache.enter(index, x)[0] for cache, x in zip(caches, dense, strict=True))
-            yield Met(pasts, tuple(x[:, prompt:].clone() for x in dense))
+            yield Met(pasts, tuple(x[:, prompt:] for x in dense))
             dense = [_through(model, index, x) for x in dense]
-        yield Met((), tuple(x[:, prompt:].clone() for x in dense))
+        yield Met((), tuple(x[:, prompt:] for x in dense))
 
 
 def _through(model: Llama, index: int, x: Tensor) -> Tensor:

@@ -279,7 +279,8 @@ def repair_tiers(state: CompileState) -> CompileState:
                 state.say(f"fitting the channels of t{index}")
                 report = state.counter(f"fitting t{index}")
                 trained = read_scorers(state.scorers[index]) if index in state.scorers else None
-                fitted = fit(state, model(), trained.start if trained else tier.selector, report=report)
+                start, most = trained.start if trained else tier.selector, state.args.calibration_windows
+                fitted = fit(state, model(), start, most, report)
                 if trained:
                     fitted = with_scorers(fitted, trained.scorers)
                 TierExtras.write_selector(path, name, model(), tier.selector, fitted, storage)

@@ -62,8 +62,8 @@ class BuildArgs:
     selectors: Literal["auto", "on", "off"] = "auto"  # tiers that choose FFN channels by the prompt
     train_selectors_minutes: float = 0.0  # for each of them
     independent: bool = False  # every tier may have all its down_proj of its own
-    calibration_windows: int = 12  # per domain, of statistics and of what the planner measures
-    repair_windows: int = 36  # per domain, of what a bundle's tiers are fitted on
+    calibration_windows: int = 12  # per domain, of everything else
+    repair_windows: int = 36  # per domain, that static tiers are repaired on
     calibration_length: int = 256  # tokens
 
     @property

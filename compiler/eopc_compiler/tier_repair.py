@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from eopc_compiler.calibration import Batch
-from eopc_compiler.handover import Met, inherited, walk
+from eopc_compiler.handover import Met, half, inherited, walk
 from eopc_compiler.ladder import Mask
 from eopc_compiler.model import Llama, Projection
 from eopc_compiler.quantize import Quantized
@@ -99,34 +99,38 @@ class _Repair:
     ) -> None:
         self.view, self.repaired = tier_view(model, mask), list[Repaired]()
         self._model, self._mask, self._own, self._batches, self._round = model, mask, own, batches, round_weight
-        self._position = 0  # of the layer that runs next, or waits for its end
-        self._hidden: list[Tensor] = []
-        self._running: tuple[list[Tensor], list[Tensor]] | None = None  # residual stream and inputs of the FFN's output
+        self._position, self._running = 0, False  # of the layer that runs next, or waits in front of its FFN
+        self._hidden: list[Tensor] = []  # in front of either
 
     def meet(self, at: int, met: Met) -> None:
         """Take in what stands in front of source layer `at`, one after the other, and behind the last."""
         if not at:
             self._hidden = [x.float() for x in met.hidden]
         if self._running and at == next_source(self._mask, self._position, self._model):
-            self._end(met, *self._running)
+            self._end(met)
         if self._position < len(self._mask.layers) and at == self._mask.layers[self._position].source_layer:
             self._begin(met)
 
     def _begin(self, met: Met) -> None:
-        """Run the layer on the cache it inherits, up to its last map."""
+        """Run the layer's attention on the cache it inherits."""
         layer, groups = self.view.blocks[self._position], self._mask.layers[self._position].num_key_value_heads
-        pasts = [inherited(past, groups) for past in met.pasts]
-        middle = [add_attention(self.view, layer, x, past) for x, past in zip(self._hidden, pasts, strict=True)]
-        self._running = middle, [ffn_inputs(layer, x) for x in middle]
+        for i, past in enumerate(met.pasts):
+            self._hidden[i] = add_attention(self.view, layer, self._hidden[i], inherited(past, groups))
+        self._running = True
 
-    def _end(self, met: Met, middle: list[Tensor], inputs: list[Tensor]) -> None:
-        """Fit that map, where the layer needs it, to what the whole model has in front of the next layer kept."""
+    def _end(self, met: Met) -> None:
+        """Run its FFN, whose last map is fitted, where the layer needs it, to what the whole model has behind it.
+
+        That is, in front of the next layer kept. Inputs of the map wait in half precision, as targets may.
+        """
         layer, source = self.view.blocks[self._position], self._mask.layers[self._position].source_layer
+        inputs = [half(ffn_inputs(layer, x)) for x in self._hidden]
         if needs_repair(self._mask, self._position, self._model):
-            targets = [whole.float() - x for whole, x in zip(met.hidden, middle, strict=True)]
+            targets = [whole.float() - x for whole, x in zip(met.hidden, self._hidden, strict=True)]
             self.repaired.append(self._mend(layer.mlp.down_proj, source, inputs, targets))
-        self._hidden = [add_output(x, layer.mlp.down_proj, h) for x, h in zip(middle, inputs, strict=True)]
-        self._running, self._position = None, self._position + 1
+        for i, h in enumerate(inputs):
+            self._hidden[i] = add_output(self._hidden[i], layer.mlp.down_proj, h.float())
+        self._running, self._position = False, self._position + 1
 
     def _mend(self, output: Projection, source: int, inputs: list[Tensor], targets: list[Tensor]) -> Repaired:
         """The repaired map of a layer, put in place: a new matrix and bias, or only the bias."""
