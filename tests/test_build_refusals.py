@@ -54,12 +54,11 @@ def test_bad_arguments_are_one_sentence_and_exit_1(
 
 
 def test_an_unreachable_budget_names_the_smallest_reachable(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """A budget below the smallest mask is an error with the figure that would do, and nothing is written."""
-    result = run_cli(
-        "build", str(tiny_checkpoint), "-o", str(tmp_path / "out"), "--budgets", "1uJ,20J".replace("u", "m")
-    )
+    """A budget below the smallest mask is an error with the figure that would do, before any work; nothing is left."""
+    result = run_cli("build", str(tiny_checkpoint), "-o", str(tmp_path / "out"), "--budgets", "1mJ,20J")
     assert result.exit_code == 1
     assert "the smallest needs" in result.stderr
+    assert "check budgets" in result.stderr and "read calibration" not in result.stderr
     assert not (tmp_path / "out").exists()
 
 

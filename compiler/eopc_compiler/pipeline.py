@@ -21,12 +21,13 @@ from eopc_compiler.extras import EXTRAS_FILE, TierExtras
 from eopc_compiler.importance import observe
 from eopc_compiler.ladder import Mask, full_mask, read_masks, tier_config
 from eopc_compiler.observations_file import load_observations, save_observations
-from eopc_compiler.planner import TierPlan
-from eopc_compiler.pricing import must_prune, reference_energy, storage_for
+from eopc_compiler.planner import TierPlan, require_reachable
+from eopc_compiler.pricing import must_prune, prices, reference_energy, storage_for
 from eopc_compiler.proxies import compile_proxies
 from eopc_compiler.recover import RECOVERY_TOKENS, RecoverSettings, recover_ladder, training_windows
 from eopc_compiler.selector_fit import with_scorers
 from eopc_compiler.sequences import mean_loss
+from eopc_compiler.shrink import cheapest_mask
 from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_page, write_plan
 from eopc_compiler.stage_plan import plan_tiers, prompt_paths
 from eopc_compiler.stage_selectors import read_scorers, train_selectors
@@ -90,6 +91,18 @@ def choose_dialect(state: CompileState) -> CompileState:
     for precision in explicit:  # raises for the one that is not to be had, with what is
         profile.precision(precision, names[0])
     raise DeviceError(f"no dialect of {profile.name} carries all of {', '.join(explicit)}.")
+
+
+def check_budgets(state: CompileState) -> CompileState:
+    """Refuse what no tier could meet in any precision asked for; the planner knows which precision it will be.
+
+    Raises:
+        BudgetError: the smallest budget is below what the smallest tier needs.
+    """
+    if not state.args.masks:
+        floor = min(prices(state, cheapest_mask(full_mask(state.config), state.align)).values())
+        require_reachable(min(state.args.budgets_j), floor)
+    return state
 
 
 def read_calibration(state: CompileState) -> CompileState:
@@ -327,6 +340,7 @@ def check_operators(state: CompileState) -> CompileState:
 PASSES: tuple[Pass, ...] = (
     load_checkpoint,
     choose_dialect,  # before any work: a precision the device cannot carry is refused here
+    check_budgets,  # and here a budget that nothing can meet
     read_calibration,
     observe_dense,  # before slicing: scores refer to original units
     choose_precision,  # before planning: joules depend on bytes per weight

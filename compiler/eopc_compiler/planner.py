@@ -124,16 +124,26 @@ def plan_ladder(
     dense_j = price(full)
     below = sorted(b for b in budgets_j if dense_j > b)
     floor = price(smallest_mask(full, objective.curves, objective.align))
-    if below and floor > below[0]:
-        raise BudgetError(
-            f"no tier of this model fits {format_energy(below[0])} at the reference workload: the smallest needs "
-            f"{format_energy(floor, round_up=True)}. Raise that budget, or shorten --workload."
-        )
+    if below:
+        require_reachable(below[0], floor)
     tiers = list[TierPlan]()
     for position, budget in enumerate(below):
         search = _Search(full, [t.mask for t in tiers], budget, objective, random.Random(f"{seed}:{position}"), report)
         tiers.append(search.run(search_seconds / len(below), clock))
     return _dense(full, budgets_j, dense_j, objective.measured(full)), *reversed(tiers)
+
+
+def require_reachable(budget_j: float, floor_j: float) -> None:
+    """Refuse a budget that is below what the smallest tier needs.
+
+    Raises:
+        BudgetError: it is; the message names the smallest budget that can be met.
+    """
+    if floor_j > budget_j:
+        raise BudgetError(
+            f"no tier of this model fits {format_energy(budget_j)} at the reference workload: the smallest needs "
+            f"{format_energy(floor_j, round_up=True)}. Raise that budget, or shorten --workload."
+        )
 
 
 def plan_masks(full: Mask, masks: Sequence[Mask], budgets_j: Sequence[float], price: Price) -> tuple[TierPlan, ...]:

@@ -28,14 +28,17 @@ def storage_for(state: CompileState, precision: str) -> Storage:
 
 def must_prune(state: CompileState) -> bool:
     """Whether some budget may be below the dense model's price, so that units have to be ranked."""
-    assert state.dialect is not None
     if state.args.masks:
         return True  # which layers are repaired still depends on the curves
+    return max(prices(state, full_mask(state.config)).values()) > min(state.args.budgets_j)
+
+
+def prices(state: CompileState, mask: Mask) -> dict[str, float]:
+    """Joules of the reference workload under a mask, in every precision that was asked for."""
+    assert state.dialect is not None
     allowed = state.profile.precisions_for(state.dialect.name)
     wanted = allowed if "auto" in state.args.precision else state.args.precision
-    full = full_mask(state.config)
-    dearest = max(plan_energy(state, full, storage_for(state, precision)) for precision in wanted)
-    return dearest > min(state.args.budgets_j)
+    return {precision: plan_energy(state, mask, storage_for(state, precision)) for precision in wanted}
 
 
 def reference_energy(state: CompileState, mask: Mask, storage: Storage) -> float:

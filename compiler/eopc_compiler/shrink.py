@@ -106,10 +106,22 @@ def dual(mask: Mask, curves: Sequence[LayerCurves], price: Price, align: int) ->
 def smallest_mask(mask: Mask, curves: Sequence[LayerCurves], align: int) -> Mask:
     """The least a tier may be: LEAST_LAYERS of the layers, one parcel of FFN channels and one KV group in each."""
     fewest = depth_steps(mask, EMPTY, lambda _mask: False, curves)[-1]
-    return Mask(
-        tuple(
-            replace(d, num_key_value_heads=1, intermediate_size=min(align, d.intermediate_size)) for d in fewest.layers
-        )
+    return Mask(tuple(_narrowest(d, align) for d in fewest.layers))
+
+
+def cheapest_mask(full: Mask, align: int) -> Mask:
+    """No tier costs less, whichever layers matter: as few layers as it may have, each the narrowest there are."""
+    layers = sorted(
+        (_narrowest(d, align) for d in full.layers), key=lambda d: (d.intermediate_size, d.num_key_value_heads)
+    )
+    return Mask(tuple(layers[: math.ceil(LEAST_LAYERS * len(layers))]))
+
+
+def _narrowest(dims: LayerDims, align: int) -> LayerDims:
+    return replace(
+        dims,
+        num_key_value_heads=min(1, dims.num_key_value_heads),
+        intermediate_size=min(align, dims.intermediate_size),
     )
 
 

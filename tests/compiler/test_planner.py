@@ -17,7 +17,7 @@ from eopc_compiler.config import LayerDims
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
 from eopc_compiler.planner import CLOSE, RUN_OFF, Objective, TierPlan, plan_ladder, plan_masks
-from eopc_compiler.shrink import EMPTY, depth_steps, dual, shrink_to_budget, smallest_mask
+from eopc_compiler.shrink import EMPTY, cheapest_mask, depth_steps, dual, shrink_to_budget, smallest_mask
 from eopc_runtime.errors import BudgetError
 from eopc_runtime.units import parse_energy
 
@@ -213,6 +213,7 @@ def test_an_unreachable_budget_names_the_smallest_that_can_be_reached(case: Case
     assert match is not None
     named = parse_energy(match[1].replace(" ", ""))
     assert case.floor <= named <= case.floor * 1.01  # printed with three digits, rounded up
+    assert price(cheapest_mask(case.full, ALIGN)) <= case.floor  # what is refused before any work
     assert case.plan([named])[-1].energy_j <= named
 
 
