@@ -63,7 +63,7 @@ class BuildArgs:
     train_selectors_minutes: float = 0.0  # for each of them
     independent: bool = False  # every tier may have all its down_proj of its own
     calibration_windows: int = 12  # per domain, of everything else
-    repair_windows: int = 36  # per domain, that static tiers are repaired on
+    repair_windows: int = 24  # per domain, that static tiers are repaired on
     calibration_length: int = 256  # tokens
 
     @property
