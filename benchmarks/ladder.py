@@ -39,8 +39,8 @@ from eopc_compiler.pipeline import (
     observe_dense,
     read_calibration,
     run_passes,
-    up_to,
 )
+from eopc_compiler.planner import up_to
 from eopc_compiler.pricing import plan_energy, reference_energy
 from eopc_compiler.sequences import fast_math, next_token_losses, run_blocks
 from eopc_compiler.shrink import shrink_to_budget

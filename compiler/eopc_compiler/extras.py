@@ -172,16 +172,20 @@ def own_matrices(
     own = frozenset[int]()
     left = float("inf") if share is None else share * storage.cost(config, full_mask(config)).weight_bytes
     for position, mask in enumerate(ladder):
-        sizes = matrix_bytes(config, mask, storage)
+        sizes = _matrix_bytes(config, mask, storage)
         own = _within(left / max(1, tiers - position), config, mask, curves, sizes)
         left -= sum(sizes[source] for source in own)
     return own
 
 
-def matrix_bytes(config: LlamaConfig, mask: Mask, storage: Storage) -> dict[int, float]:
+def _matrix_bytes(config: LlamaConfig, mask: Mask, storage: Storage) -> dict[int, float]:
     """Stored bytes of down_proj in every layer of a tier, by source layer."""
-    per_weight = {d.source_layer: storage.bytes_per_weight("mlp.down_proj", d.source_layer) for d in mask.layers}
-    return {d.source_layer: d.intermediate_size * config.hidden_size * per_weight[d.source_layer] for d in mask.layers}
+    return {
+        d.source_layer: config.hidden_size
+        * d.intermediate_size
+        * storage.bytes_per_weight("mlp.down_proj", d.source_layer)
+        for d in mask.layers
+    }
 
 
 def _within(

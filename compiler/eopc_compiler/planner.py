@@ -5,7 +5,7 @@ have to go follow from the curves of `importance.py` by loss added per joule sav
 candidate's objective is nats per token: the measured continuation loss with its layers left out, behind the cache that
 the whole model has filled, plus what its curves say of the units cut. That ranks sets of layers, but misjudges depth
 against width, as repair mends a missing layer better than a narrow one. So finalists of every depth, from width alone
-to depth alone, are repaired and measured for real, and the best of them again on all text; the heuristic's own best is
+to depth alone, are repaired and measured for real, and the best of them again on more text; the heuristic's own best is
 always among them, so the result is never worse than the start.
 
 Prices come from one function; nothing here knows a device.
@@ -30,7 +30,7 @@ from eopc_runtime.units import format_energy
 
 Loss = Callable[[Mask], float]  # nats per continuation token
 
-RUN_OFF, CLOSE = 2, 0.1  # finalists at most that are repaired on all text, within so many nats of the best
+RUN_OFF, CLOSE = 2, 0.1  # finalists at most that are repaired on more text, within so many nats of the best
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,11 @@ class TierPlan:
         return cls(**{**row, **read})
 
 
+def up_to(plan: Sequence[TierPlan], index: int) -> list[Mask]:
+    """A tier's mask, last, behind those of all smaller tiers that are repaired, from the smallest up."""
+    return [*(t.mask for t in reversed(plan[index + 1 :]) if not t.fills), plan[index].mask]
+
+
 @dataclass(frozen=True, slots=True)
 class Objective:
     """How candidates are judged.
@@ -83,7 +88,7 @@ class Objective:
         measured: continuation loss of a mask that only leaves layers out.
         repaired: continuation loss of the last of some tiers, smallest first, once repaired on part of the text; dear.
         align: FFN channels go this many at a time.
-        shipped: the same of several such ladders' last tiers, repaired on all text, as they ship; dearer.
+        shipped: the same of several such ladders' last tiers, repaired on more text, nearer to how they ship; dearer.
     """
 
     curves: Sequence[LayerCurves]
@@ -235,7 +240,7 @@ class _Search:
         return self._run_off()
 
     def _run_off(self) -> Mask:
-        """Of the finalists that lose about the same, the one that loses least when it is repaired on all text.
+        """Of the finalists that lose about the same, the one that loses least when it is repaired on more text.
 
         More text mends missing layers better than narrow ones, so the order of neighbours in depth changes with it.
         """
@@ -245,7 +250,7 @@ class _Search:
             return best
         losses = dict(zip(close, self.objective.shipped([(*self.smaller, m) for m in close]), strict=True))
         for mask, loss in losses.items():
-            self._say(f"{len(mask.layers)} layers measured on all text, {loss:.3f} nats")
+            self._say(f"{len(mask.layers)} layers measured on more text, {loss:.3f} nats")
         return min(close, key=losses.__getitem__)
 
     def _repair(self, masks: Sequence[Mask]) -> None:

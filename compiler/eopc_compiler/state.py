@@ -62,8 +62,8 @@ class BuildArgs:
     selectors: Literal["auto", "on", "off"] = "auto"  # tiers that choose FFN channels by the prompt
     train_selectors_minutes: float = 0.0  # for each of them
     independent: bool = False  # every tier may have all its down_proj of its own
-    calibration_windows: int = 12  # per domain, of everything else
-    repair_windows: int = 24  # per domain, that static tiers are repaired on
+    calibration_windows: int = 12  # per domain, that statistics are taken from and candidates are fitted on
+    repair_windows: int = 24  # the same, that the static tiers of the bundle are repaired on
     calibration_length: int = 256  # tokens
 
     @property

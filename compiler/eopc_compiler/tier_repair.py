@@ -137,12 +137,15 @@ class _Repair:
         stored: Tensor | Quantized | None = None
         if source in self._own:
             moments = sum_moments(self._batches, inputs, targets).moments()
+            mean, target_mean = moments.mean, moments.target_mean
             fitted, _ = repair(moments, output.weight.data.t(), torch.arange(len(output.weight)))
             stored = self._round(source, fitted.t().float().contiguous(), moments.covariance)
+        else:
+            mean, target_mean = (weighted_mean(self._batches, values) for values in (inputs, targets))
         weight = output.weight.data if stored is None else _values(stored)
-        bias = weighted_mean(self._batches, targets) - weighted_mean(self._batches, inputs) @ weight.double()
-        _set_output(output, stored, bias.float())
-        return Repaired(source, stored, bias.float())
+        bias = (target_mean - mean @ weight.double()).float()
+        _set_output(output, stored, bias)
+        return Repaired(source, stored, bias)
 
 
 def needs_repair(mask: Mask, position: int, model: Llama) -> bool:
