@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
-from eopc_compiler.planner import Loss, TierPlan
+from eopc_compiler.planner import TierPlan, up_to
 from eopc_compiler.shrink import Price, shrink_to_budget
 from eopc_compiler.token_selector import PromptPath
 
@@ -30,12 +30,12 @@ class Behind:
     Args:
         price: joules of a mask in the plan behind them.
         whole: continuation loss of the whole model behind them, nats per token; takes seconds.
-        repaired: the same of a mask, repaired on the cache they leave; dear.
+        repaired: the same of the last of some tiers, smallest first, repaired on the cache they leave; dear.
     """
 
     price: Price
     whole: Callable[[], float]
-    repaired: Loss
+    repaired: Callable[[Sequence[Mask]], float]
 
 
 def paths_to_try(layers: int, shares: Sequence[float]) -> tuple[PromptPath, ...]:
@@ -78,14 +78,15 @@ def plan_prefill(
     if expected <= 0 and not always:
         return tuple(plan)
     behind = paths[path]
-    ladder, won = _with_path(plan, path, behind, lambda _tier, mask: behind.repaired(mask), curves, align)
+    ladder, won = _with_path(plan, path, behind, lambda _tier, ladder: behind.repaired(ladder), curves, align)
     if report:
         way = describe(path, len(plan[0].mask.layers))
         report(f"{way}: {won:.3f} nats less over the tiers, {expected:.3f} expected")
     return ladder if always or won > 0 else tuple(plan)
 
 
-Judge = Callable[[TierPlan, Mask], float]  # nats per token of a mask in place of a static tier's
+# Nats per token of a mask, the last of a ladder whose smaller tiers come first, in place of a static tier's.
+Judge = Callable[[TierPlan, Sequence[Mask]], float]
 
 
 def _frees_enough(plan: Sequence[TierPlan], price: Price) -> bool:
@@ -100,7 +101,7 @@ def _estimate(plan: Sequence[TierPlan], behind: Behind, curves: Sequence[LayerCu
     def cut(mask: Mask) -> float:
         return sum(curves[d.source_layer].added(d) for d in mask.layers)
 
-    return lambda tier, mask: tier.loss + harm + cut(mask) - cut(tier.mask)
+    return lambda tier, ladder: tier.loss + harm + cut(ladder[-1]) - cut(tier.mask)
 
 
 def describe(path: PromptPath, layers: int) -> str:
@@ -117,7 +118,7 @@ def _with_path(
     note = describe(path, len(full.layers))
     first = TierPlan(None, full, behind.price(full), behind.whole(), note, prompt=path, prefill=1)
     below = list[TierPlan]()
-    for tier in plan[1:]:
+    for index, tier in enumerate(plan[1:], start=1):
         assert tier.budget_j is not None
         if first.energy_j <= tier.budget_j:  # then the whole model answers, within the budget
             won += tier.loss - first.loss
@@ -127,7 +128,7 @@ def _with_path(
         kept = {d.source_layer for d in tier.mask.layers}
         start = Mask(tuple(d for d in above.layers if d.source_layer in kept))
         mask = shrink_to_budget(start, tier.budget_j, curves, behind.price, align, below=tier.mask)
-        found = judge(tier, mask) if mask is not None else float("inf")
+        found = judge(tier, [*up_to(plan, index)[:-1], mask]) if mask is not None else float("inf")
         if mask is not None and found < tier.loss - WORTH_HAVING:
             won += tier.loss - found
             below.append(replace(tier, mask=mask, energy_j=behind.price(mask), loss=found, prefill=1))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from eopc_compiler.board.tensorrt_build import MOST_CHOSEN
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
-from eopc_compiler.planner import TierPlan
+from eopc_compiler.planner import TierPlan, up_to
 from eopc_compiler.selector import Selector
 from eopc_compiler.shrink import Price, shrink_to_budget
 from eopc_compiler.token_selector import PromptPath
@@ -31,13 +31,14 @@ class Choosing:
         fixed: joules of a mask, nothing chosen.
         price: joules of a core and a selector.
         fitted: continuation loss of a selector once fitted, behind prompts long enough to choose by; dear.
-        repaired: the same, behind the same prompts, of a mask behind prompts on this path (None: all layers).
+        repaired: the same, behind the same prompts, of the last of some tiers, smallest first, behind prompts on this
+            path (None: all layers).
     """
 
     fixed: Price
     price: Callable[[Mask, Selector], float]
     fitted: Callable[[Selector], float]
-    repaired: Callable[[Mask, PromptPath | None], float]
+    repaired: Callable[[Sequence[Mask], PromptPath | None], float]
 
 
 def plan_selectors(
@@ -56,11 +57,11 @@ def plan_selectors(
         always: keep a choosing tier whether or not it wins.
     """
     full, ladder = plan[0].mask, list[TierPlan]()
-    for tier in plan:
+    for index, tier in enumerate(plan):
         if tier.budget_j is not None and tier.prompt is None and tier.mask != full:
             candidate = _candidate(full, tier, choosing, curves, align)
             if candidate is not None:
-                won = choosing.repaired(tier.mask, plan[tier.prefill].prompt) - candidate.loss
+                won = choosing.repaired(up_to(plan, index), plan[tier.prefill].prompt) - candidate.loss
                 if report:
                     report(
                         f"channels chosen by the prompt, {tier.budget_j:.3g} J: {won:+.3f} nats less than fixed ones"

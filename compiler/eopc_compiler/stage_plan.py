@@ -94,7 +94,7 @@ def plan_tiers(state: CompileState) -> CompileState:
             return Behind(
                 price=lambda mask: plan_energy(state, mask, storage, path),
                 whole=lru_cache(lambda: mean(losses().of_mask(full).values())),
-                repaired=lambda mask: repaired(losses(), [mask]),
+                repaired=lambda ladder: repaired(losses(), ladder),
             )
 
         paths = {path: behind(path) for path in prompt_paths(args, len(full.layers))}
@@ -106,8 +106,8 @@ def plan_tiers(state: CompileState) -> CompileState:
             fitted = fit(state, model, selector, FINALIST_WINDOWS, count)
             return mean(domain_means(text, selected_losses(model, selector, fitted, text, args.choice_part)).values())
 
-        def fixed_loss(mask: Mask, path: PromptPath | None) -> float:
-            return repaired(ContinuationLoss(model, text, args.choice_part, pruned(path)), [mask])
+        def fixed_loss(ladder: Sequence[Mask], path: PromptPath | None) -> float:
+            return repaired(ContinuationLoss(model, text, args.choice_part, pruned(path)), ladder)
 
         if args.selectors == "on" or (args.selectors == "auto" and storage.grid is None):
             choosing = Choosing(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -51,7 +51,7 @@ def behind(prompt_j: float, harm: float, *depths: int) -> dict[PromptPath, Behin
     def of_depth(depth: int) -> Behind:
         harmed = harm * (LAYERS - depth)
         return Behind(
-            lambda mask: depth * prompt_j + decode_j(mask), lambda: 2.0 + harmed, lambda mask: loss(mask) + harmed
+            lambda mask: depth * prompt_j + decode_j(mask), lambda: 2.0 + harmed, lambda up: loss(up[-1]) + harmed
         )
 
     return {PromptPath(depth): of_depth(depth) for depth in depths}
@@ -134,9 +134,9 @@ def test_a_depth_that_promises_most_is_measured_alone_and_dropped_if_it_does_not
     measured: list[int] = []
 
     def watched(path: PromptPath, one: Behind, worse: float) -> Behind:
-        def repaired(mask: Mask) -> float:
+        def repaired(ladder: Sequence[Mask]) -> float:
             measured.append(path.depth)
-            return one.repaired(mask) + worse
+            return one.repaired(ladder) + worse
 
         return Behind(one.price, one.whole, repaired)
 
@@ -144,3 +144,17 @@ def test_a_depth_that_promises_most_is_measured_alone_and_dropped_if_it_does_not
     assert plan_prefill(plan, honest, CURVES, 2)[1].prompt == PromptPath(7) and set(measured) == {7}
     disappointing = {d: watched(d, one, 1.0) for d, one in behind(0.5, 0.001, 9, 8, 7).items()}
     assert plan_prefill(plan, disappointing, CURVES, 2) == plan
+
+
+def test_candidates_behind_pruned_prompts_are_repaired_above_the_tiers_below_them() -> None:
+    """A bundle lets smaller tiers take their matrices first, so that is what a candidate is judged with."""
+    plan = static(0.5, 11.2, 10.5)
+    seen: list[list[Mask]] = []
+    one = behind(0.5, 0.001, 7)[PromptPath(7)]
+
+    def repaired(ladder: Sequence[Mask]) -> float:
+        seen.append(list(ladder))
+        return one.repaired(ladder)
+
+    found = plan_prefill(plan, {PromptPath(7): Behind(one.price, one.whole, repaired)}, CURVES, 2)
+    assert seen == [[plan[2].mask, found[2].mask], [found[3].mask]]

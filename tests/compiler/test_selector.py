@@ -194,7 +194,7 @@ def planned(model: Llama, plan: list[TierPlan], fitted: float, gathering: float 
         price,
         lambda core, s: price(core.widened(s.chosen)) + (gathering if any(s.chosen) else 0.0),
         lambda _selector: fitted,
-        lambda mask, _depth: plan[1].loss if mask == plan[1].mask else math.nan,
+        lambda ladder, _path: plan[1].loss if ladder == [plan[1].mask] else math.nan,
     )
     return plan_selectors(plan, choosing, curves, 8)
 
