@@ -38,6 +38,7 @@ from eopc_compiler.pipeline import (
     load_checkpoint,
     observe_dense,
     read_calibration,
+    read_text,
     run_passes,
 )
 from eopc_compiler.planner import up_to
@@ -53,7 +54,7 @@ from eopc_runtime.profiles import load_profile
 from eopc_runtime.units import format_energy, parse_budgets
 
 DOMAINS, LENGTH, PROMPT = ("wiki", "code", "maths"), 256, 128
-PASSES = (load_checkpoint, choose_dialect, read_calibration, observe_dense, choose_precision, plan_tiers)
+PASSES = (load_checkpoint, choose_dialect, read_text, read_calibration, observe_dense, choose_precision, plan_tiers)
 
 
 def main() -> None:
@@ -100,6 +101,7 @@ def build_args(options: argparse.Namespace) -> BuildArgs:
         precision=(options.precision,),
         search_seconds=options.search_seconds,
         prefill_depth="all",
+        own_text=options.calibrate == "built-in",
     )
 
 

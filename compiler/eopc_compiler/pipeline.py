@@ -12,7 +12,6 @@ from statistics import fmean as mean
 
 from eopc_compiler.board.rules import lists_for, require_allowed
 from eopc_compiler.board.tensorrt_graph import outline_for_tensorrt
-from eopc_compiler.calibration import CalibrationSet, Split, build_calibration, read_mixture, select_calibration
 from eopc_compiler.checkpoint import open_checkpoint, with_tensors
 from eopc_compiler.dialects import DIALECTS
 from eopc_compiler.importance import observe
@@ -28,6 +27,7 @@ from eopc_compiler.stage_bundle import check_and_measure, stage_bundle, write_pa
 from eopc_compiler.stage_plan import plan_tiers, prompt_paths
 from eopc_compiler.stage_repair import repair_tiers
 from eopc_compiler.stage_selectors import train_selectors
+from eopc_compiler.stage_text import read_calibration, read_text
 from eopc_compiler.state import CompileState, PrecisionTrial
 from eopc_compiler.stored_model import (
     added_loss,
@@ -94,26 +94,6 @@ def check_budgets(state: CompileState) -> CompileState:
         floor = min(prices(state, cheapest_mask(full_mask(state.config), state.align)).values())
         require_reachable(min(state.args.budgets_j), floor)
     return state
-
-
-def read_calibration(state: CompileState) -> CompileState:
-    """Token windows from three splits that share no document: to calibrate on as asked, to judge on of every domain."""
-    assert state.checkpoint is not None
-    args, tokenizer = state.args, state.checkpoint.tokenizer()
-    domains = read_mixture(args.calib)
-
-    length, seed, n = args.calibration_length, args.seed, args.calibration_windows
-    most = max(n, args.repair_windows)
-
-    def windows(split: Split, count: int) -> CalibrationSet:
-        return build_calibration(tokenizer, domains, count, length, seed, split, allow_fewer=True)
-
-    return replace(
-        state,
-        calibration=select_calibration(args.calib_select, tokenizer, domains, most, length, seed, state.say),
-        selection=windows("selection", max(2, n // 4)),
-        heldout=windows("heldout", max(2, n // 3)),
-    )
 
 
 def observe_dense(state: CompileState) -> CompileState:
@@ -214,8 +194,8 @@ def recover_shared(state: CompileState) -> CompileState:
     def produce(path: Path) -> None:
         from safetensors.torch import save_file
 
-        domains = read_mixture(list(args.calib))
-        text = training_windows(checkpoint.tokenizer(), domains, RECOVERY_TOKENS, args.calibration_length, args.seed)
+        tokenizer, length = checkpoint.tokenizer(), args.calibration_length
+        text = training_windows(tokenizer, state.domains, RECOVERY_TOKENS, length, args.seed)
         model = dense_model(state)
         settings = RecoverSettings(minutes=minutes, seed=args.seed)
         folder = state.cache.folder / "recovery"
@@ -267,6 +247,7 @@ PASSES: tuple[Pass, ...] = (
     load_checkpoint,
     choose_dialect,  # before any work: a precision the device cannot carry is refused here
     check_budgets,  # and here a budget that nothing can meet
+    read_text,
     read_calibration,
     observe_dense,  # before slicing: scores refer to original units
     choose_precision,  # before planning: joules depend on bytes per weight

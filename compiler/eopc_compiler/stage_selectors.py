@@ -8,7 +8,6 @@ from statistics import fmean as mean
 
 import torch
 
-from eopc_compiler.calibration import read_mixture
 from eopc_compiler.planner import TierPlan
 from eopc_compiler.recover import RECOVERY_TOKENS, training_windows
 from eopc_compiler.selector import Selector
@@ -75,8 +74,8 @@ def _trained(state: CompileState, index: int, selector: Selector) -> Path:
 
     def produce(path: Path) -> None:
         model = deployed_model(state, storage)
-        domains = read_mixture(list(args.calib))
-        text = training_windows(checkpoint.tokenizer(), domains, RECOVERY_TOKENS, args.calibration_length, args.seed)
+        tokenizer, length = checkpoint.tokenizer(), args.calibration_length
+        text = training_windows(tokenizer, state.domains, RECOVERY_TOKENS, length, args.seed)
         start = fit(state, model, selector, args.calibration_windows, state.counter(f"fitting t{index}"))
         settings = scorer_settings(minutes, seed=args.seed)
         folder = state.cache.folder / "scorers"

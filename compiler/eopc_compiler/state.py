@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from eopc_compiler.cache import StageCache
-from eopc_compiler.calibration import CalibrationSet, CalibSelect
+from eopc_compiler.calibration import CalibrationSet, CalibSelect, Domain
 from eopc_compiler.checkpoint import Checkpoint
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.dialects import Dialect
@@ -46,6 +46,7 @@ class BuildArgs:
     workload: Workload = Workload()
     calib: tuple[str, ...] = ()
     calib_select: CalibSelect = "domains"
+    own_text: bool = True  # that the model writes itself, beside the other calibration text, where tiers are pruned
     masks: tuple[Path, ...] = ()
     precision: tuple[str, ...] = ("auto",)
     dialect: str | None = None
@@ -97,6 +98,7 @@ class CompileState:
     say: Callable[[str], None]  # progress: a line for every new thing
     tick: Callable[[str], None]  # progress: a count that replaces the last one
     checkpoint: Checkpoint | None = None
+    domains: tuple[Domain, ...] = ()
     calibration: CalibrationSet | None = None
     selection: CalibrationSet | None = None
     heldout: CalibrationSet | None = None

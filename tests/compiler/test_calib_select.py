@@ -17,7 +17,8 @@ from eopc_compiler.cache import StageCache
 from eopc_compiler.calibration import Batch, Domain, build_calibration, select_calibration
 from eopc_compiler.checkpoint import open_checkpoint
 from eopc_compiler.model import Llama
-from eopc_compiler.pipeline import choose_dialect, observe_dense, read_calibration
+from eopc_compiler.pipeline import choose_dialect, observe_dense
+from eopc_compiler.stage_text import read_calibration, read_text
 from eopc_compiler.state import CompileState
 from eopc_runtime.cli.main import cli
 from eopc_runtime.errors import EopcError, UsageError
@@ -104,11 +105,12 @@ def test_build_calibrates_on_clusters_and_judges_by_domain(
     args = build_settings(tiny_checkpoint, tmp_path / "out", calib=calib, calib_select="ccds")
     cache = StageCache(tmp_path / "work", resume=False)
     state = CompileState(args, cache, load_profile("cpu"), lambda _: None, lambda _: None)
-    read = read_calibration(replace(state, checkpoint=open_checkpoint(str(tiny_checkpoint))))
+    opened = choose_dialect(replace(state, checkpoint=open_checkpoint(str(tiny_checkpoint))))
+    read = read_calibration(read_text(opened))
     cache.close()
     assert read.calibration and read.selection and read.heldout
     assert all(name.startswith("cluster") for name in read.calibration.names)
-    assert read.selection.names == read.heldout.names == names
+    assert read.selection.names == read.heldout.names == (*names, "own")
 
 
 @pytest.mark.parametrize(("planned", "repaired"), [(2, 5), (5, 2)])
@@ -120,7 +122,8 @@ def test_tiers_are_repaired_on_more_text_than_they_are_planned_on(
     args = replace(build_settings(tiny_checkpoint, tmp_path / "out"), **settings)
     cache = StageCache(tmp_path / "work", resume=False)
     state = CompileState(args, cache, load_profile("cpu"), lambda _: None, lambda _: None)
-    read = read_calibration(replace(state, checkpoint=open_checkpoint(str(tiny_checkpoint))))
+    opened = choose_dialect(replace(state, checkpoint=open_checkpoint(str(tiny_checkpoint))))
+    read = read_calibration(read_text(opened))
     seen = list[int]()
 
     def observed(_model: Llama, batches: Sequence[Batch], *_: Any) -> None:
@@ -129,9 +132,9 @@ def test_tiers_are_repaired_on_more_text_than_they_are_planned_on(
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(EopcError, match="seen"):
         patch.setattr("eopc_compiler.pipeline.observe", observed)
-        observe_dense(choose_dialect(read))
+        observe_dense(read)
     cache.close()
-    assert read.calibration and [len(w) for _, w in read.calibration.domains] == [5, 5, 5, 5]
+    assert read.calibration and [len(w) for _, w in read.calibration.domains] == [5, 5, 5, 5, 5]
     assert sum(seen) == planned
 
 

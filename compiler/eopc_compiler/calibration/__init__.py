@@ -6,6 +6,7 @@ arithmetic.py, dialogue.py      the generated ones
 user_text.py    --calib NAME=FILE[:FIELD][@WEIGHT]
 hub.py          --calib NAME=hf:DATASET
 windows.py      the sampler, and token windows per domain
+own.py          what the model writes itself
 ccds.py         windows drawn uniformly over clusters that are found in the text
 select.py       --calib-select: by domain, or by cluster
 embed.py        what the clusters are found by

@@ -33,8 +33,14 @@ PRECISIONS = ("auto", "fp32", "fp16", "fp8", "int8", "int4")
     multiple=True,
     metavar="NAME=FILE",
     help="More calibration text, repeatable: NAME=FILE[:FIELD][@WEIGHT], a .txt or .jsonl, or NAME=hf:DATASET[:FIELD]"
-    "[@WEIGHT] from the Hugging Face Hub. Text, code, arithmetic and dialogue are built in, each with weight 1; a NAME "
-    "of theirs replaces them.",
+    "[@WEIGHT] from the Hugging Face Hub. Text, code, arithmetic and dialogue are built in, each with weight 1, and so "
+    "is what the model writes itself (own); a NAME of theirs replaces them.",
+)
+@click.option(
+    "--own-text/--no-own-text",
+    default=True,
+    show_default=True,
+    help="Let the model write a part of the calibration text itself, where tiers are pruned.",
 )
 @calib_select_option
 @click.option(
@@ -113,6 +119,7 @@ def build(
     output: Path | None,
     workload: str,
     calib: tuple[str, ...],
+    own_text: bool,
     calib_select: CalibSelect,
     masks: tuple[Path, ...],
     precision: str,
@@ -148,6 +155,7 @@ def build(
         output=output or Path(f"{default_name(model)}-{device}.eopc"),
         workload=Workload(*work),
         calib=calib,
+        own_text=own_text,
         calib_select=calib_select,
         masks=masks,
         precision=precisions,
