@@ -11,8 +11,8 @@ on documents that neither calibration nor the search has seen, all at predicted 
     depth, width, uniform   only layers / only FFN and KV units by their curves / the same share everywhere, repaired
     independent  the same search without nesting, every matrix its own
 
-Calibrated on the built-in text, as in `eopc build`, or with --calibrate corpora on other documents of the same three
-corpora, as much text of each.
+Calibrated on the built-in text, as in `eopc build`; with --calibrate own on what the model writes itself too, as with
+`eopc build --own-text`; with --calibrate corpora on other documents of the same three corpora, as much text of each.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def add_options(parser: argparse.ArgumentParser, budgets: str, windows: int) -> 
     parser.add_argument("--search-seconds", type=float, default=40.0)
     parser.add_argument("--windows", type=int, default=windows, help=f"of evaluation, per domain [{windows}]")
     parser.add_argument("--work", type=Path, help="keeps stages between runs")
-    parser.add_argument("--calibrate", choices=["built-in", "corpora"], default="built-in", help="text [built-in]")
+    parser.add_argument("--calibrate", choices=["built-in", "own", "corpora"], default="built-in")
 
 
 def build_args(options: argparse.Namespace) -> BuildArgs:
@@ -101,7 +101,7 @@ def build_args(options: argparse.Namespace) -> BuildArgs:
         precision=(options.precision,),
         search_seconds=options.search_seconds,
         prefill_depth="all",
-        own_text=options.calibrate == "built-in",
+        own_text=options.calibrate == "own",
     )
 
 
@@ -109,7 +109,7 @@ def start(args: BuildArgs, options: argparse.Namespace) -> CompileState:
     """A build up to its plan, stages kept beside its output."""
     cache = StageCache(args.output.parent / ".work", True)
     state = CompileState(args, cache, load_profile(args.device), click.echo, lambda _text: None)
-    if options.calibrate == "built-in":
+    if options.calibrate != "corpora":
         return run_passes(state, PASSES)
 
     def read_corpora(state: CompileState) -> CompileState:

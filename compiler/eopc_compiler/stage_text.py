@@ -16,7 +16,7 @@ from eopc_runtime import __version__
 
 
 def read_text(state: CompileState) -> CompileState:
-    """The domains: built in, given, and, where tiers will be pruned, what the model writes itself."""
+    """The domains: built in, given, and, with --own-text where tiers will be pruned, what the model writes itself."""
     domains = read_mixture(state.args.calib)
     if state.args.own_text and must_prune(state) and OWN not in [d.name for d in domains]:
         domains = (*domains, *_own_text(state))

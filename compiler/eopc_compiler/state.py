@@ -46,7 +46,7 @@ class BuildArgs:
     workload: Workload = Workload()
     calib: tuple[str, ...] = ()
     calib_select: CalibSelect = "domains"
-    own_text: bool = True  # that the model writes itself, beside the other calibration text, where tiers are pruned
+    own_text: bool = False  # that the model writes itself, beside the other calibration text, where tiers are pruned
     masks: tuple[Path, ...] = ()
     precision: tuple[str, ...] = ("auto",)
     dialect: str | None = None

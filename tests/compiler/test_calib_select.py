@@ -110,7 +110,7 @@ def test_build_calibrates_on_clusters_and_judges_by_domain(
     cache.close()
     assert read.calibration and read.selection and read.heldout
     assert all(name.startswith("cluster") for name in read.calibration.names)
-    assert read.selection.names == read.heldout.names == (*names, "own")
+    assert read.selection.names == read.heldout.names == names
 
 
 @pytest.mark.parametrize(("planned", "repaired"), [(2, 5), (5, 2)])
@@ -134,7 +134,7 @@ def test_tiers_are_repaired_on_more_text_than_they_are_planned_on(
         patch.setattr("eopc_compiler.pipeline.observe", observed)
         observe_dense(read)
     cache.close()
-    assert read.calibration and [len(w) for _, w in read.calibration.domains] == [5, 5, 5, 5, 5]
+    assert read.calibration and [len(w) for _, w in read.calibration.domains] == [5, 5, 5, 5]
     assert sum(seen) == planned
 
 

@@ -29,7 +29,7 @@ NEVER_BELOW = (1000.0,)  # joules: more than the whole tiny model needs
 def state(tiny_checkpoint: Path, tmp_path: Path, build_settings: Callable[..., Any]) -> Iterator[CompileState]:
     """A build of the tiny model that knows its dialect, with what it says in `said`."""
     cache = StageCache(tmp_path / "work", resume=False)
-    args = build_settings(tiny_checkpoint, tmp_path / "out")
+    args = build_settings(tiny_checkpoint, tmp_path / "out", own_text=True)
     opened = CompileState(args, cache, load_profile("cpu"), said.append, lambda _: None)
     said.clear()
     yield choose_dialect(replace(opened, checkpoint=open_checkpoint(str(tiny_checkpoint))))
@@ -67,7 +67,7 @@ def test_another_seed_writes_another_text(make_tiny: MakeTiny) -> None:
     assert counts[0] == (64, 280) and counts[-1] == (280, 280)
 
 
-def test_a_build_that_prunes_calibrates_on_the_models_own_text_too(state: CompileState) -> None:
+def test_a_build_that_is_told_to_calibrates_on_the_models_own_text_too(state: CompileState) -> None:
     """As much of it as of any other domain, in all three splits."""
     read = read_calibration(read_text(state))
     assert read.calibration and read.selection and read.heldout
@@ -86,7 +86,7 @@ def test_it_is_written_once(state: CompileState, monkeypatch: pytest.MonkeyPatch
 
 
 def test_it_is_not_written_where_nothing_is_pruned_or_nobody_wants_it(state: CompileState, tmp_path: Path) -> None:
-    """It takes a minute; a file of that name takes its place."""
+    """It takes time; a file of that name takes its place."""
     built_in = ["text", "code", "arithmetic", "dialogue"]
     assert names(state) == [*built_in, "own"]
     assert names(replace(state, args=replace(state.args, budgets_j=NEVER_BELOW))) == built_in

@@ -33,13 +33,12 @@ PRECISIONS = ("auto", "fp32", "fp16", "fp8", "int8", "int4")
     multiple=True,
     metavar="NAME=FILE",
     help="More calibration text, repeatable: NAME=FILE[:FIELD][@WEIGHT], a .txt or .jsonl, or NAME=hf:DATASET[:FIELD]"
-    "[@WEIGHT] from the Hugging Face Hub. Text, code, arithmetic and dialogue are built in, each with weight 1, and so "
-    "is what the model writes itself (own); a NAME of theirs replaces them.",
+    "[@WEIGHT] from the Hugging Face Hub. Text, code, arithmetic and dialogue are built in, each with weight 1; a NAME "
+    "of theirs replaces them.",
 )
 @click.option(
-    "--own-text/--no-own-text",
-    default=True,
-    show_default=True,
+    "--own-text",
+    is_flag=True,
     help="Let the model write a part of the calibration text itself, where tiers are pruned.",
 )
 @calib_select_option
