@@ -43,16 +43,16 @@ def decode(model: Llama, cache: Cache, token: int) -> Tensor:
 
 @dataclass(slots=True)
 class Cache:
-    """Keys and values of a sequence: per layer one pair [1, kv_heads, capacity, head_dim], `length` slots used."""
+    """Keys and values of sequences: per layer one pair [B, kv_heads, capacity, head_dim], `length` slots used."""
 
     keys: list[Tensor]
     values: list[Tensor]
     length: int
 
     @classmethod
-    def empty(cls, config: LlamaConfig, capacity: int, dtype: torch.dtype) -> Cache:
+    def empty(cls, config: LlamaConfig, capacity: int, dtype: torch.dtype, batch: int = 1) -> Cache:
         """Allocate zeroed buffers for every layer of `config`."""
-        shapes = [(1, layer.num_key_value_heads, capacity, config.head_dim) for layer in config.layers]
+        shapes = [(batch, layer.num_key_value_heads, capacity, config.head_dim) for layer in config.layers]
         return cls([torch.zeros(s, dtype=dtype) for s in shapes], [torch.zeros(s, dtype=dtype) for s in shapes], 0)
 
     @property
@@ -120,13 +120,11 @@ class Llama(nn.Module):
     def score(self, tokens: Tensor) -> Tensor:
         """Logits [batch, S, vocab] of whole sequences [batch, S] from scratch, without a cache to keep."""
         batch, length = tokens.shape
-        caches = [Cache.empty(self.config, length, self.dtype) for _ in range(batch)]
+        cache = Cache.empty(self.config, length, self.dtype, batch)
         positions = torch.arange(length)
-        keys = [torch.cat([c.keys[i] for c in caches]) for i in range(len(self.config.layers))]
-        values = [torch.cat([c.values[i] for c in caches]) for i in range(len(self.config.layers))]
         mask = causal_mask(positions, length, self.dtype)
         zero = torch.zeros(batch, dtype=torch.long)
-        logits, _, _ = self(tokens, positions[None].expand(batch, -1), zero, mask, positions, keys, values)
+        logits, _, _ = self(tokens, positions[None].expand(batch, -1), zero, mask, positions, cache.keys, cache.values)
         return logits  # type: ignore[no-any-return]
 
     def fuse(self) -> Llama:

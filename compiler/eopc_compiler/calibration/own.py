@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from eopc_compiler.model import Llama
+from eopc_compiler.model import Cache, Llama
 
 ROWS = 64  # documents that are drawn side by side: a step reads all weights once for them
 OWN = "own"  # name of the domain
@@ -39,10 +39,9 @@ def write_tokens(
     zero, parts, done = torch.zeros(1, dtype=torch.int64), list[Tensor](), 0
     for tokens in torch.split(torch.full((count, 1), first), ROWS):
         rows, drawn = len(tokens), list[Tensor]()
-        shapes = [(rows, d.num_key_value_heads, length, model.config.head_dim) for d in model.config.layers]
-        keys, values = ([torch.zeros(shape, dtype=model.dtype) for shape in shapes] for _ in range(2))
+        cache = Cache.empty(model.config, length, model.dtype, rows)
         for t in range(length):
-            used = ([cache[:, :, : t + 1] for cache in half] for half in (keys, values))  # views, written in place
+            used = ([x[:, :, : t + 1] for x in half] for half in (cache.keys, cache.values))  # views, written in place
             mask = torch.zeros(1, 1, 1, t + 1, dtype=model.dtype)
             logits, _, _ = model(tokens, zero.expand(rows, 1) + t, zero + t, mask, zero, *used)
             tokens = torch.multinomial(torch.softmax(logits[:, 0], -1), 1, generator=generator)
