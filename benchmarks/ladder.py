@@ -32,15 +32,7 @@ from eopc_compiler.calibration import Batch, CalibrationSet, Split
 from eopc_compiler.handover import ContinuationLoss
 from eopc_compiler.ladder import Mask, full_mask, keep_shares
 from eopc_compiler.model import Llama
-from eopc_compiler.pipeline import (
-    choose_dialect,
-    choose_precision,
-    load_checkpoint,
-    observe_dense,
-    read_calibration,
-    read_text,
-    run_passes,
-)
+from eopc_compiler.pipeline import PASSES, read_calibration, run_passes
 from eopc_compiler.planner import up_to
 from eopc_compiler.pricing import plan_energy, reference_energy
 from eopc_compiler.sequences import fast_math, next_token_losses, run_blocks
@@ -54,7 +46,7 @@ from eopc_runtime.profiles import load_profile
 from eopc_runtime.units import format_energy, parse_budgets
 
 DOMAINS, LENGTH, PROMPT = ("wiki", "code", "maths"), 256, 128
-PASSES = (load_checkpoint, choose_dialect, read_text, read_calibration, observe_dense, choose_precision, plan_tiers)
+PLANNED = PASSES[: PASSES.index(plan_tiers) + 1]
 
 
 def main() -> None:
@@ -110,7 +102,7 @@ def start(args: BuildArgs, options: argparse.Namespace) -> CompileState:
     cache = StageCache(args.output.parent / ".work", True)
     state = CompileState(args, cache, load_profile(args.device), click.echo, lambda _text: None)
     if options.calibrate != "corpora":
-        return run_passes(state, PASSES)
+        return run_passes(state, PLANNED)
 
     def read_corpora(state: CompileState) -> CompileState:
         """In the place of `read_calibration`: windows of the corpora, from its three splits."""
@@ -123,7 +115,7 @@ def start(args: BuildArgs, options: argparse.Namespace) -> CompileState:
         found = {"selection": windows("selection", max(2, count // 4)), "heldout": windows("heldout", 2)}
         return replace(state, calibration=windows("calibration", args.repair_windows), **found)
 
-    return run_passes(state, tuple(read_corpora if step is read_calibration else step for step in PASSES))
+    return run_passes(state, tuple(read_corpora if step is read_calibration else step for step in PLANNED))
 
 
 def variants(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,10 @@ class LayerCurves:
     def added(self, kept: LayerDims) -> float:
         """Nats per token that cutting the layer down to `kept` adds, repaired."""
         return _at(self.kv_errors, self._groups_gone(kept)) + _at(self.ffn_errors, self._parcels_gone(kept))
+
+    def weighed(self, kv_groups: float) -> LayerCurves:
+        """The same curves where removing KV groups adds so many times as much."""
+        return replace(self, kv_errors=tuple(kv_groups * error for error in self.kv_errors))
 
     def kv_ahead(self, kept: LayerDims) -> Curve:
         """The curve from `kept` on, in groups."""

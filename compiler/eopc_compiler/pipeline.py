@@ -28,6 +28,7 @@ from eopc_compiler.stage_plan import plan_tiers, prompt_paths
 from eopc_compiler.stage_repair import repair_tiers
 from eopc_compiler.stage_selectors import train_selectors
 from eopc_compiler.stage_text import read_calibration, read_text
+from eopc_compiler.stage_weigh import weigh_groups
 from eopc_compiler.state import CompileState, PrecisionTrial
 from eopc_compiler.stored_model import (
     added_loss,
@@ -251,6 +252,7 @@ PASSES: tuple[Pass, ...] = (
     read_calibration,
     observe_dense,  # before slicing: scores refer to original units
     choose_precision,  # before planning: joules depend on bytes per weight
+    weigh_groups,  # before planning: the curves of KV groups and of FFN channels do not err alike
     plan_tiers,
     write_plan_only,  # the end of --dry-run
     recover_shared,  # before storing: every tier gains from it

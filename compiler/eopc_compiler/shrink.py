@@ -18,6 +18,7 @@ Price = Callable[[Mask], float]  # joules of the reference workload
 
 LAYER_STEPS = 8  # candidates of the heuristic differ by how many layers they drop
 LEAST_LAYERS = 1 / 6  # share of the layers that every tier keeps
+WEIGHTS = (0.25, 16.0)  # of KV groups against FFN channels: further than this one probe is not believed
 EMPTY = Mask(())
 
 
@@ -83,6 +84,47 @@ def shrink_to_budget(
             return smaller
         excess += left + 1e-9
     return None
+
+
+def probe_masks(full: Mask, curves: Sequence[LayerCurves], price: Price, align: int) -> tuple[Mask, Mask]:
+    """Two masks of all layers at one price, half of what FFN channels can save: by the curves, and in channels alone.
+
+    They are the same where the curves take no KV group.
+    """
+    groups = Mask(tuple(replace(d, intermediate_size=min(align, d.intermediate_size)) for d in full.layers))
+    budget_j = (price(full) + price(groups)) / 2
+    mixed = shrink_to_budget(full, budget_j, curves, price, align)
+    channels = shrink_to_budget(full, budget_j, curves, price, align, groups)
+    assert mixed and channels  # half of what channels can save
+    return mixed, channels
+
+
+def group_weight(curves: Sequence[LayerCurves], masks: tuple[Mask, Mask], lost: tuple[float, float]) -> float:
+    """How many times what their curves say KV groups lose, in units of what FFN channels lose for what theirs say.
+
+    With e the sum of curves and s = lost_channels / e_channels: lost_mixed = s (e_ffn + weight x e_kv), of the mixed
+    mask. Within WEIGHTS; 1 where the masks tell nothing of it.
+
+    Args:
+        masks: those of `probe_masks`.
+        lost: nats per token that the two tiers lose, repaired.
+    """
+
+    def channels(mask: Mask) -> float:
+        whole = {c.dims.source_layer: c.dims.num_key_value_heads for c in curves}
+        return _added(curves, Mask(tuple(replace(d, num_key_value_heads=whole[d.source_layer]) for d in mask.layers)))
+
+    (mixed, narrow), (lost_mixed, lost_narrow) = masks, lost
+    groups = _added(curves, mixed) - channels(mixed)
+    if groups <= 0 or lost_narrow <= 0:
+        return 1.0
+    scale = lost_narrow / channels(narrow)
+    least, most = WEIGHTS
+    return min(most, max(least, (lost_mixed / scale - channels(mixed)) / groups))
+
+
+def _added(curves: Sequence[LayerCurves], mask: Mask) -> float:
+    return sum(curves[d.source_layer].added(d) for d in mask.layers)
 
 
 def dual(mask: Mask, curves: Sequence[LayerCurves], price: Price, align: int) -> float:

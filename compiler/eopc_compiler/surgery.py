@@ -80,6 +80,11 @@ class MomentSums:
         self._weight[domain] += weight * len(x)
         self._rows += len(x)
 
+    @property
+    def rows(self) -> int:
+        """Tokens that were added."""
+        return self._rows
+
     def merge(self, earlier: MomentSums) -> None:
         """Add the sums of earlier batches."""
         self._square += earlier._square
@@ -114,6 +119,22 @@ def sum_moments(
         target = targets[i].flatten(0, 1) if targets else rows[:, :0]
         sums.add(rows, target, batch.domain, batch.weight)
     return sums
+
+
+def sum_halves(
+    batches: Sequence[Batch], inputs: Sequence[Tensor], targets: Sequence[Tensor]
+) -> tuple[MomentSums, MomentSums]:
+    """`sum_moments` of every domain's windows in turn: of the first, third, ... and of the second, fourth, ..."""
+    domains = 1 + max(batch.domain for batch in batches)
+    halves = tuple(MomentSums(inputs[0].shape[-1], targets[0].shape[-1], domains) for _ in range(2))
+    seen = [0] * domains
+    for batch, x, target in zip(batches, inputs, targets, strict=True):
+        for half, sums in enumerate(halves):
+            mine = slice((half + seen[batch.domain]) % 2, None, 2)
+            if len(x[mine]):
+                sums.add(x[mine].flatten(0, 1), target[mine].flatten(0, 1), batch.domain, batch.weight)
+        seen[batch.domain] += len(x)
+    return halves[0], halves[1]
 
 
 def weighted_mean(batches: Sequence[Batch], values: Sequence[Tensor]) -> Tensor:
@@ -204,6 +225,19 @@ def repair(
     prior = weight.double()[:, kept]
     fitted = torch.linalg.solve(part.covariance + ridge.diag(), (part.cross + prior * ridge).t()).t()
     return fitted, moments.target_mean - fitted @ part.mean
+
+
+def held_share(fitted: Tensor, weight: Tensor, unseen: Moments) -> float:
+    """The share of a change D = fitted - weight, both [out, in], that serves text best which it was not fitted to.
+
+    E||t - (W + s D) x||², centred, is least at s = tr(D C_rᵀ) / tr(D Σ Dᵀ), with C_r = C - W Σ; within 0..1, and 1 for
+    no change. What a small sample taught of its own accord is shrunk away, and only that.
+    """
+    change, weight = fitted - weight, weight.double()
+    moved = change @ unseen.covariance
+    power = float((moved * change).sum())
+    wanted = float((change * (unseen.cross - weight @ unseen.covariance)).sum())
+    return min(1.0, max(0.0, wanted / power)) if power > 0 else 1.0
 
 
 def correction(moments: Moments, kept: Tensor, share: float, damping: float) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 From the first layer up, behind already repaired ones, W' minimises the distance of the tier's residual stream to that
 of the whole model *in front of the next kept layer*, so that a layer also makes up, as far as it can, for what was
-removed below and right above it. Least squares with a ridge towards the weights as they are (surgery.repair).
+removed below and right above it. Least squares with a ridge towards the weights as they are (surgery.repair), and of
+the change only as much as holds on windows it was not fitted to (surgery.held_share).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from eopc_compiler.ladder import Mask
 from eopc_compiler.model import Llama, Projection
 from eopc_compiler.quantize import Quantized
 from eopc_compiler.sequences import add_attention, add_output, ffn_inputs
-from eopc_compiler.surgery import repair, sum_moments, weighted_mean
+from eopc_compiler.surgery import Moments, MomentSums, held_share, repair, sum_halves, weighted_mean
 from eopc_compiler.tier_model import tier_view
 from eopc_compiler.token_selector import PrunedPrompt
 
@@ -136,9 +137,8 @@ class _Repair:
         """The repaired map of a layer, put in place: a new matrix and bias, or only the bias."""
         stored: Tensor | Quantized | None = None
         if source in self._own:
-            moments = sum_moments(self._batches, inputs, targets).moments()
+            fitted, moments = _fitted(output.weight.data.t(), *sum_halves(self._batches, inputs, targets))
             mean, target_mean = moments.mean, moments.target_mean
-            fitted, _ = repair(moments, output.weight.data.t(), torch.arange(len(output.weight)))
             stored = self._round(source, fitted.t().float().contiguous(), moments.covariance)
         else:
             mean, target_mean = (weighted_mean(self._batches, values) for values in (inputs, targets))
@@ -146,6 +146,21 @@ class _Repair:
         bias = (target_mean - mean @ weight.double()).float()
         _set_output(output, stored, bias)
         return Repaired(source, stored, bias)
+
+
+def _fitted(weight: Tensor, first: MomentSums, second: MomentSums) -> tuple[Tensor, Moments]:
+    """A map [out, in] fitted to both halves of the text, and their moments.
+
+    As much of the change as has proved good on the second half where it was fitted to the first: layers that lost
+    little have little to make up for, and a fit to few windows moves them more than it should.
+    """
+    kept, share = torch.arange(weight.shape[1]), 1.0
+    if second.rows:
+        share = held_share(repair(first.moments(), weight, kept)[0], weight, second.moments())
+    first.merge(second)
+    moments = first.moments()
+    fitted, _ = repair(moments, weight, kept)
+    return torch.lerp(weight.double(), fitted, share), moments
 
 
 def needs_repair(mask: Mask, position: int, model: Llama) -> bool:

@@ -17,7 +17,17 @@ from eopc_compiler.config import LayerDims
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
 from eopc_compiler.planner import CLOSE, RUN_OFF, Objective, TierPlan, plan_ladder, plan_masks
-from eopc_compiler.shrink import EMPTY, cheapest_mask, depth_steps, dual, shrink_to_budget, smallest_mask
+from eopc_compiler.shrink import (
+    EMPTY,
+    WEIGHTS,
+    cheapest_mask,
+    depth_steps,
+    dual,
+    group_weight,
+    probe_masks,
+    shrink_to_budget,
+    smallest_mask,
+)
 from eopc_runtime.errors import BudgetError
 from eopc_runtime.units import parse_energy
 
@@ -416,3 +426,46 @@ def test_the_dual_variable_is_loss_per_joule_of_the_dearest_cut() -> None:
     mask = shrink_to_budget(case.full, price(case.full) - 0.4 + HAIR, case.curves, price, ALIGN)
     assert mask is not None
     assert dual(mask, case.curves, price, ALIGN) == pytest.approx(0.3 / 0.2)
+
+
+CHEAP_GROUPS = [layer(i, kv=[0.01 * (i + 1), 0.3], ffn=[0.1, 0.2, 0.3]) for i in range(3)]
+
+
+def test_the_probe_compares_two_masks_of_one_price() -> None:
+    """One takes groups as the curves say, the other channels alone; both fit half of what channels can save."""
+    full = Mask(tuple(c.dims for c in CHEAP_GROUPS))
+    mixed, channels = probe_masks(full, CHEAP_GROUPS, price, ALIGN)
+    assert [d.num_key_value_heads for d in mixed.layers] == [2, 2, 2]
+    assert [d.num_key_value_heads for d in channels.layers] == [3, 3, 3]
+    goal = price(full) - 0.1 * 3 * 6 / 2
+    assert goal - 0.3 < price(mixed) <= goal + HAIR and goal - 0.3 < price(channels) <= goal + HAIR
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("scale", [0.8, 2.0])
+def test_the_weight_of_groups_is_found_whatever_channels_lose(weight: float, scale: float) -> None:
+    """If losses are curves, groups weighed, times a scale of their own, the probe gives that weight."""
+    masks = probe_masks(Mask(tuple(c.dims for c in CHEAP_GROUPS)), CHEAP_GROUPS, price, ALIGN)
+    weighed = [c.weighed(weight) for c in CHEAP_GROUPS]
+    lost = [scale * sum(weighed[d.source_layer].added(d) for d in mask.layers) for mask in masks]
+    assert group_weight(CHEAP_GROUPS, masks, (lost[0], lost[1])) == pytest.approx(weight)
+
+
+def test_a_probe_that_tells_nothing_leaves_the_curves_as_they_are() -> None:
+    """No group went, or channels lost nothing; and what lies far out is not believed."""
+    full = Mask(tuple(c.dims for c in CHEAP_GROUPS))
+    masks = probe_masks(full, CHEAP_GROUPS, price, ALIGN)
+    assert group_weight(CHEAP_GROUPS, (masks[1], masks[1]), (0.2, 0.2)) == 1.0
+    assert group_weight(CHEAP_GROUPS, masks, (0.2, -0.01)) == 1.0
+    assert [group_weight(CHEAP_GROUPS, masks, (lost, 0.1)) for lost in (0.0, 99.0)] == list(WEIGHTS)
+
+
+def test_weighed_groups_stay_longer() -> None:
+    """A mask cut to the same budget keeps more of them."""
+    full = Mask(tuple(c.dims for c in CHEAP_GROUPS))
+    kept = [
+        sum(d.num_key_value_heads for d in mask.layers)
+        for weight in (1.0, 100.0)
+        if (mask := shrink_to_budget(full, price(full) - 0.8, [c.weighed(weight) for c in CHEAP_GROUPS], price, ALIGN))
+    ]
+    assert kept[0] < kept[1] == 9

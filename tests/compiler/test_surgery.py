@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eopc_compiler.calibration import Batch
 from eopc_compiler.surgery import (
     RIDGE_TOKENS,
     Moments,
@@ -16,8 +17,11 @@ from eopc_compiler.surgery import (
     compensate,
     correction,
     damped,
+    held_share,
     obs_removals,
     repair,
+    sum_halves,
+    sum_moments,
     wifv_removals,
 )
 
@@ -268,3 +272,39 @@ def test_a_covariance_of_zeros_can_be_inverted() -> None:
     torch.testing.assert_close(ridged, torch.tensor([1.5, 3.0, 4.5]).double(), rtol=1e-5, atol=0)
     removals = obs_removals(torch.ones(2, 3), 0 * eye, None, 1, 2, damping=0.1)
     assert len(set(removals.units)) == 2
+
+
+def test_a_change_is_held_to_what_other_text_confirms() -> None:
+    """The share is where the error on the other text is least; a change of nothing is whole, a wrong one is none."""
+    x, weight = data(3)
+    wanted = data(4)[1]
+    unseen = moments_of(x, x @ wanted.t())
+    change = 3 * (wanted - weight) + 0.5 * torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+
+    def error(share: float) -> float:
+        left = (x - x.mean(0)) @ (wanted - weight - share * change).t()
+        return float(left.double().pow(2).mean())
+
+    share = held_share((weight + change).double(), weight, unseen)
+    assert 0.2 < share < 0.5
+    assert error(share) < min(error(share - 0.01), error(share + 0.01))
+    assert held_share(wanted.double(), weight, unseen) == pytest.approx(1.0, abs=1e-4)
+    assert held_share((2 * weight - wanted).double(), weight, unseen) == 0.0
+    assert held_share(weight.double(), weight, unseen) == 1.0
+
+
+def test_halves_take_the_windows_of_every_domain_in_turn() -> None:
+    """Also where batches hold an odd number of windows or one; together they are the sums of all."""
+    generator = torch.Generator().manual_seed(6)
+    sizes = ((0, 3), (0, 1), (1, 1), (0, 2), (1, 2))
+    batches = [Batch(domain, 1.0, torch.zeros(n, 4, dtype=torch.long)) for domain, n in sizes]
+    inputs = [torch.randn(n, 4, 5, generator=generator) for _, n in sizes]
+    targets = [2 * x[..., :2] for x in inputs]
+    first, second = sum_halves(batches, inputs, targets)
+    assert (first.rows, second.rows) == ((3 + 2) * 4, (3 + 1) * 4)
+    assert not torch.allclose(first.moments().mean, second.moments().mean, atol=1e-3)
+    first.merge(second)
+    got, want = first.moments(), sum_moments(batches, inputs, targets).moments()
+    for name in ("mean", "covariance", "target_mean", "cross"):
+        assert torch.allclose(getattr(got, name), getattr(want, name), atol=1e-6)
+    assert got.rows == want.rows
