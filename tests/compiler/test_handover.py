@@ -180,6 +180,37 @@ def test_layers_outside_own_get_a_bias_that_keeps_the_mean(make_tiny: MakeTiny) 
     assert all(r.bias.shape == (64,) and float(r.bias.abs().max()) > 0 for r in repaired)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_of_a_change_only_what_unseen_windows_confirm_is_kept(
+    make_tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """The map moves that share of the way from the shared weights to what all windows would have: here, too far."""
+    monkeypatch.setattr(
+        tier_repair, "repair", partial(tier_repair.repair, damping=1e-2)
+    )  # for so few windows, little
+    model, batches = deployed(make_tiny), random_windows(8)
+
+    def first_map() -> Tensor:
+        tier, _ = repair_tier(model, HALVED, batches, PROMPT, {0})
+        return tier.blocks[0].mlp.down_proj.weight
+
+    def fixed(value: float) -> Tensor:
+        monkeypatch.setattr(tier_repair, "held_share", lambda *_: value)
+        return first_map()
+
+    measured, shared, moved = first_map(), tier_view(model, HALVED).blocks[0].mlp.down_proj.weight, fixed(1.0)
+    assert torch.allclose(fixed(share), torch.lerp(shared, moved, share), atol=1e-6)
+    assert 0 < float((measured - shared).norm()) < float((moved - shared).norm())
+
+
+def test_one_window_is_fitted_without_another_to_confirm_it(make_tiny: MakeTiny) -> None:
+    """There is no second half; the fit is the plain one."""
+    model = deployed(make_tiny)
+    text = batches_of(sampled(model, 1, 1))
+    tier, _ = repair_tier(model, HALVED, text, 0, range(3))
+    assert mean_loss(tier, text[0].tokens) < mean_loss(tier_view(model, HALVED), text[0].tokens)
+
+
 def test_later_layers_see_the_matrix_as_it_is_stored(make_tiny: MakeTiny) -> None:
     """`round_weight` gets the layer and the covariance of its inputs; what it returns is in the tier and the result."""
     model, batches = deployed(make_tiny), random_windows(8)
