@@ -185,9 +185,7 @@ def test_of_a_change_only_what_unseen_windows_confirm_is_kept(
     make_tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
     """The map moves that share of the way from the shared weights to what all windows would have: here, too far."""
-    monkeypatch.setattr(
-        tier_repair, "repair", partial(tier_repair.repair, damping=1e-2)
-    )  # for so few windows, little
+    monkeypatch.setattr(tier_repair, "repair", partial(tier_repair.repair, damping=1e-2))  # for so few windows, little
     model, batches = deployed(make_tiny), random_windows(8)
 
     def first_map() -> Tensor:
