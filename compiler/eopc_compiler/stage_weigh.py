@@ -1,10 +1,9 @@
 """The pass that weighs KV groups against FFN channels: by what repaired tiers really lose, not by their curves alone.
 
 Curves are of second order and of one layer at a time. Channels lose about what theirs say, as the map they feed is
-fitted anew. A group takes away what tokens would have found in the context, of which the layer above cannot tell, and
-costs several times what its curve says. The order of groups among themselves is right all the same, so one weight for
-all of them is measured, once for a model, on two tiers of the same price: one cut as the curves say, one in its
-channels alone.
+fitted anew. Groups were measured to cost several times what theirs say (README), which repair makes up for less. So one
+weight for all of them is measured for the model, on two tiers of the same price: one cut as the curves say, one in its
+channels alone. It leaves the order of groups among themselves as it is.
 """
 
 from __future__ import annotations
