@@ -31,7 +31,8 @@ class StageCache:
         self._made = [p for p in (folder, *folder.parents) if not p.exists()]  # deepest first
         self._lock = lock_folder(folder)
         self.folder = folder
-        self.reused: list[str] = []
+        self.reused: list[str] = []  # stages whose outputs an earlier run has left
+        self._met = set[Path]()  # outputs that this run has made or counted
         for path in folder.iterdir():
             if not resume or path.name.startswith(PARTIAL):  # half-written by a build that was killed
                 remove(path)
@@ -47,7 +48,8 @@ class StageCache:
         known = path.with_name(f"{path.name}{SUM}")
         if path.exists():
             if known.is_file() and known.read_text(encoding="utf-8") == content_sum(path):
-                self.reused.append(stage)
+                self.reused += [stage] if path not in self._met else []
+                self._met.add(path)
                 return path
             remove(path)
         partial = path.with_name(f"{PARTIAL}{path.name}")
@@ -55,6 +57,7 @@ class StageCache:
         produce(partial)
         write_whole(known, content_sum(partial).encode())
         partial.replace(path)
+        self._met.add(path)
         return path
 
     def clear(self) -> None:

@@ -88,17 +88,16 @@ def shrink_to_budget(
     return None
 
 
-def probe_masks(full: Mask, curves: Sequence[LayerCurves], price: Price, align: int) -> tuple[Mask, Mask]:
+def probe_masks(full: Mask, curves: Sequence[LayerCurves], price: Price, align: int) -> tuple[Mask, Mask] | None:
     """Two masks of all layers at one price, half of what FFN channels can save: by the curves, and in channels alone.
 
-    They are the same where the curves take no KV group.
+    None where the curves take no KV group there.
     """
     groups = Mask(tuple(replace(d, intermediate_size=min(align, d.intermediate_size)) for d in full.layers))
     budget_j = (price(full) + price(groups)) / 2
     mixed = shrink_to_budget(full, budget_j, curves, price, align)
     channels = shrink_to_budget(full, budget_j, curves, price, align, groups)
-    assert mixed and channels  # half of what channels can save
-    return mixed, channels
+    return None if mixed is None or channels is None or mixed == channels else (mixed, channels)
 
 
 def group_weight(curves: Sequence[LayerCurves], masks: tuple[Mask, Mask], lost: tuple[float, float]) -> float:
@@ -118,10 +117,9 @@ def group_weight(curves: Sequence[LayerCurves], masks: tuple[Mask, Mask], lost: 
 
     (mixed, narrow), (lost_mixed, lost_narrow) = masks, lost
     groups = _added(curves, mixed) - channels(mixed)
-    if groups <= 0 or lost_narrow <= 0:
+    if min(groups, lost_narrow, channels(narrow)) <= 0:
         return 1.0
-    scale = lost_narrow / channels(narrow)
-    least, most = WEIGHTS
+    scale, (least, most) = lost_narrow / channels(narrow), WEIGHTS
     return min(most, max(least, (lost_mixed / scale - channels(mixed)) / groups))
 
 

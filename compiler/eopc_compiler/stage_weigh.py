@@ -16,7 +16,7 @@ from statistics import fmean as mean
 from eopc_compiler.handover import ContinuationLoss
 from eopc_compiler.importance import Observations
 from eopc_compiler.ladder import Mask, full_mask
-from eopc_compiler.pricing import must_prune, plan_energy
+from eopc_compiler.pricing import plan_energy
 from eopc_compiler.shrink import group_weight, probe_masks
 from eopc_compiler.state import CompileState
 from eopc_compiler.stored_model import calibration_walk, deployed_model, repair, repair_inputs
@@ -28,9 +28,15 @@ def weigh_groups(state: CompileState) -> CompileState:
     """Multiply the curves of KV groups by what removing them costs beside FFN channels, if tiers will be pruned."""
     assert state.observations and state.storage and state.selection
     storage, curves, full = state.storage, state.observations.curves, full_mask(state.config)
-    if state.args.masks or not must_prune(state):
+
+    def price(mask: Mask) -> float:
+        return plan_energy(state, mask, storage)
+
+    if state.args.masks or price(full) <= min(state.args.budgets_j):
         return state
-    masks = probe_masks(full, curves, lambda mask: plan_energy(state, mask, storage), state.align)
+    masks = probe_masks(full, curves, price, state.align)
+    if masks is None:
+        return state
     inputs = {
         **repair_inputs(state),
         "observed": [asdict(c) for c in curves],
@@ -41,18 +47,16 @@ def weigh_groups(state: CompileState) -> CompileState:
 
     def produce(path: Path) -> None:
         assert state.selection
-        weight = 1.0
-        if masks[0] != masks[1]:
-            model = deployed_model(state, storage)
-            losses = ContinuationLoss(model, state.selection.batches(), state.args.prompt_part)
-            walked, dense = calibration_walk(state, model, PROBE_WINDOWS), mean(losses.of_mask(full).values())
+        model = deployed_model(state, storage)
+        losses = ContinuationLoss(model, state.selection.batches(), state.args.prompt_part)
+        walked, dense = calibration_walk(state, model, PROBE_WINDOWS), mean(losses.of_mask(full).values())
 
-            def added(mask: Mask) -> float:
-                count = state.counter("weighing KV groups")
-                ((tier, _),) = repair(state, model, [[mask]], PROBE_WINDOWS, count, walked=walked)
-                return mean(losses.of_tier(tier, mask).values()) - dense
+        def added(mask: Mask) -> float:
+            count = state.counter("weighing KV groups")
+            ((tier, _),) = repair(state, model, [[mask]], PROBE_WINDOWS, count, walked=walked)
+            return mean(losses.of_tier(tier, mask).values()) - dense
 
-            weight = group_weight(curves, masks, (added(masks[0]), added(masks[1])))
+        weight = group_weight(curves, masks, (added(masks[0]), added(masks[1])))
         path.write_text(json.dumps({"kv_groups": weight}), encoding="utf-8")
 
     path = state.cache.get("weight", inputs, ".json", produce)

@@ -33,7 +33,8 @@ def test_a_finished_output_is_reused(tmp_path: Path, stage: Callable[[str], Call
     path = first.get("weights", {"n": 1}, "", stage("one"))
     first.close()
     again = StageCache(tmp_path / "cache")
-    assert again.get("weights", {"n": 1}, "", stage("two")) == path
+    for _ in range(2):
+        assert again.get("weights", {"n": 1}, "", stage("two")) == path
     assert again.reused == ["weights"]
     assert (path if path.is_file() else path / "a.bin").read_text() == "one"
 
@@ -58,7 +59,7 @@ def test_a_damaged_output_is_made_again(
     cache.get("weights", {"n": 1}, "", stage("one"))
     assert inner.read_text() == "one" and cache.reused == []
     cache.get("weights", {"n": 1}, "", stage("two"))
-    assert cache.reused == ["weights"]
+    assert inner.read_text() == "one" and cache.reused == []  # by this run, not by an earlier one
 
 
 def test_an_additional_file_in_a_folder_is_damage(tmp_path: Path) -> None:

@@ -431,10 +431,16 @@ def test_the_dual_variable_is_loss_per_joule_of_the_dearest_cut() -> None:
 CHEAP_GROUPS = [layer(i, kv=[0.01 * (i + 1), 0.3], ffn=[0.1, 0.2, 0.3]) for i in range(3)]
 
 
+def probed() -> tuple[Mask, Mask]:
+    masks = probe_masks(Mask(tuple(c.dims for c in CHEAP_GROUPS)), CHEAP_GROUPS, price, ALIGN)
+    assert masks
+    return masks
+
+
 def test_the_probe_compares_two_masks_of_one_price() -> None:
     """One takes groups as the curves say, the other channels alone; both fit half of what channels can save."""
     full = Mask(tuple(c.dims for c in CHEAP_GROUPS))
-    mixed, channels = probe_masks(full, CHEAP_GROUPS, price, ALIGN)
+    mixed, channels = probed()
     assert [d.num_key_value_heads for d in mixed.layers] == [2, 2, 2]
     assert [d.num_key_value_heads for d in channels.layers] == [3, 3, 3]
     goal = price(full) - 0.1 * 3 * 6 / 2
@@ -445,7 +451,7 @@ def test_the_probe_compares_two_masks_of_one_price() -> None:
 @pytest.mark.parametrize("scale", [0.8, 2.0])
 def test_the_weight_of_groups_is_found_whatever_channels_lose(weight: float, scale: float) -> None:
     """If losses are curves, groups weighed, times a scale of their own, the probe gives that weight."""
-    masks = probe_masks(Mask(tuple(c.dims for c in CHEAP_GROUPS)), CHEAP_GROUPS, price, ALIGN)
+    masks = probed()
     weighed = [c.weighed(weight) for c in CHEAP_GROUPS]
     lost = [scale * sum(weighed[d.source_layer].added(d) for d in mask.layers) for mask in masks]
     assert group_weight(CHEAP_GROUPS, masks, (lost[0], lost[1])) == pytest.approx(weight)
@@ -453,11 +459,17 @@ def test_the_weight_of_groups_is_found_whatever_channels_lose(weight: float, sca
 
 def test_a_probe_that_tells_nothing_leaves_the_curves_as_they_are() -> None:
     """No group went, or channels lost nothing; and what lies far out is not believed."""
-    full = Mask(tuple(c.dims for c in CHEAP_GROUPS))
-    masks = probe_masks(full, CHEAP_GROUPS, price, ALIGN)
+    masks = probed()
     assert group_weight(CHEAP_GROUPS, (masks[1], masks[1]), (0.2, 0.2)) == 1.0
     assert group_weight(CHEAP_GROUPS, masks, (0.2, -0.01)) == 1.0
     assert [group_weight(CHEAP_GROUPS, masks, (lost, 0.1)) for lost in (0.0, 99.0)] == list(WEIGHTS)
+
+
+def test_there_is_no_probe_where_the_curves_take_no_group() -> None:
+    """Groups that cost more than any channel, or none that could go."""
+    for kv in ([9.0, 9.0], []):
+        dear = [layer(i, kv=kv, ffn=[0.1, 0.2, 0.3]) for i in range(3)]
+        assert probe_masks(Mask(tuple(c.dims for c in dear)), dear, price, ALIGN) is None
 
 
 def test_weighed_groups_stay_longer() -> None:
