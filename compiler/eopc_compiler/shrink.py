@@ -19,7 +19,7 @@ Price = Callable[[Mask], float]  # joules of the reference workload
 LAYER_STEPS = 8  # candidates of the heuristic differ by how many layers they drop
 LEAST_LAYERS = 1 / 6  # share of the layers that every tier keeps
 # Of KV groups against FFN channels; further than this one probe is not believed. With 4 SmolLM2-135M keeps all groups
-# at 10 of 10.9 J, as with any more; at 5 J it loses less with 2.5 than with 5.9.
+# at 10 of 10.9 J, as with any more; at 5 J 2.5 and 5.9 lose the same within 0.03 nats of 4.2.
 WEIGHTS = (0.5, 4.0)
 EMPTY = Mask(())
 
