@@ -48,7 +48,8 @@ class StageCache:
         known = path.with_name(f"{path.name}{SUM}")
         if path.exists():
             if known.is_file() and known.read_text(encoding="utf-8") == content_sum(path):
-                self.reused += [stage] if path not in self._met else []
+                if path not in self._met:
+                    self.reused.append(stage)
                 self._met.add(path)
                 return path
             remove(path)

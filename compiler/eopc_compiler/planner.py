@@ -23,7 +23,7 @@ from eopc_compiler.config import LayerDims
 from eopc_compiler.importance import LayerCurves
 from eopc_compiler.ladder import Mask
 from eopc_compiler.selector import Selector
-from eopc_compiler.shrink import EMPTY, Price, depth_steps, shrink_to_budget, smallest_mask
+from eopc_compiler.shrink import EMPTY, Price, curves_added, depth_steps, shrink_to_budget, smallest_mask
 from eopc_compiler.token_selector import PromptPath
 from eopc_runtime.errors import BudgetError
 from eopc_runtime.units import format_energy
@@ -102,7 +102,7 @@ class Objective:
         """Nats per token: layers left out as measured, units cut as the curves say."""
         full = {i: c.dims for i, c in enumerate(self.curves)}
         whole = Mask(tuple(full[d.source_layer] for d in mask.layers))
-        return self.measured(whole) + sum(self.curves[d.source_layer].added(d) for d in mask.layers)
+        return self.measured(whole) + curves_added(self.curves, mask)
 
 
 def plan_ladder(

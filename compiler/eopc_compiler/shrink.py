@@ -113,17 +113,20 @@ def group_weight(curves: Sequence[LayerCurves], masks: tuple[Mask, Mask], lost: 
 
     def channels(mask: Mask) -> float:
         whole = {c.dims.source_layer: c.dims.num_key_value_heads for c in curves}
-        return _added(curves, Mask(tuple(replace(d, num_key_value_heads=whole[d.source_layer]) for d in mask.layers)))
+        return curves_added(
+            curves, Mask(tuple(replace(d, num_key_value_heads=whole[d.source_layer]) for d in mask.layers))
+        )
 
     (mixed, narrow), (lost_mixed, lost_narrow) = masks, lost
-    groups = _added(curves, mixed) - channels(mixed)
+    groups = curves_added(curves, mixed) - channels(mixed)
     if min(groups, lost_narrow, channels(narrow)) <= 0:
         return 1.0
     scale, (least, most) = lost_narrow / channels(narrow), WEIGHTS
     return min(most, max(least, (lost_mixed / scale - channels(mixed)) / groups))
 
 
-def _added(curves: Sequence[LayerCurves], mask: Mask) -> float:
+def curves_added(curves: Sequence[LayerCurves], mask: Mask) -> float:
+    """Nats per token that cutting the kept layers down to a mask adds, as their curves say."""
     return sum(curves[d.source_layer].added(d) for d in mask.layers)
 
 

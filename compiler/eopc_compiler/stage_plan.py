@@ -18,11 +18,19 @@ from eopc_compiler.selector import Selector
 from eopc_compiler.selector_fit import domain_means, selected_losses
 from eopc_compiler.selector_planner import Choosing, plan_selectors
 from eopc_compiler.state import BuildArgs, CompileState
-from eopc_compiler.stored_model import calibration_walk, deployed_model, fit, pruned_prompt, repair, repair_inputs
+from eopc_compiler.stored_model import (
+    FINALIST_WINDOWS,
+    calibration_walk,
+    deployed_model,
+    fit,
+    pruned_prompt,
+    repair,
+    repair_inputs,
+    repaired_loss,
+)
 from eopc_compiler.token_selector import PARTS, PromptPath, PrunedPrompt
 from eopc_runtime.errors import UsageError
 
-FINALIST_WINDOWS = 4  # per domain: enough to tell candidates apart
 SHARES = (0.0, 5 / 16)  # of a prompt's tokens in the layers that others skip
 
 
@@ -63,9 +71,7 @@ def plan_tiers(state: CompileState) -> CompileState:
         selection = ContinuationLoss(model, text, args.prompt_part)
 
         def repaired(losses: ContinuationLoss, ladder: Sequence[Mask], walked: tuple[Met, ...] | None = None) -> float:
-            count = state.counter("repairing a candidate")
-            ((tier, _),) = repair(state, model, [ladder], FINALIST_WINDOWS, count, losses.pruned, walked)
-            return mean(losses.of_tier(tier, ladder[-1]).values())
+            return repaired_loss(state, model, losses, ladder, state.counter("repairing a candidate"), walked)
 
         def measured(mask: Mask) -> float:
             return mean(selection.of_mask(mask).values())

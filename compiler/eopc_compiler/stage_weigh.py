@@ -14,14 +14,17 @@ from pathlib import Path
 from statistics import fmean as mean
 
 from eopc_compiler.handover import ContinuationLoss
-from eopc_compiler.importance import Observations
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.pricing import plan_energy
 from eopc_compiler.shrink import group_weight, probe_masks
 from eopc_compiler.state import CompileState
-from eopc_compiler.stored_model import calibration_walk, deployed_model, repair, repair_inputs
-
-PROBE_WINDOWS = 4  # per domain, that the two tiers are repaired on
+from eopc_compiler.stored_model import (
+    FINALIST_WINDOWS,
+    calibration_walk,
+    deployed_model,
+    repair_inputs,
+    repaired_loss,
+)
 
 
 def weigh_groups(state: CompileState) -> CompileState:
@@ -42,19 +45,18 @@ def weigh_groups(state: CompileState) -> CompileState:
         "observed": [asdict(c) for c in curves],
         "selection": state.selection.fingerprint,
         "masks": [asdict(m) for m in masks],
-        "windows": PROBE_WINDOWS,
+        "windows": FINALIST_WINDOWS,
     }
 
     def produce(path: Path) -> None:
         assert state.selection
         model = deployed_model(state, storage)
         losses = ContinuationLoss(model, state.selection.batches(), state.args.prompt_part)
-        walked, dense = calibration_walk(state, model, PROBE_WINDOWS), mean(losses.of_mask(full).values())
+        walked, dense = calibration_walk(state, model, FINALIST_WINDOWS), mean(losses.of_mask(full).values())
 
         def added(mask: Mask) -> float:
             count = state.counter("weighing KV groups")
-            ((tier, _),) = repair(state, model, [[mask]], PROBE_WINDOWS, count, walked=walked)
-            return mean(losses.of_tier(tier, mask).values()) - dense
+            return repaired_loss(state, model, losses, [mask], count, walked) - dense
 
         weight = group_weight(curves, masks, (added(masks[0]), added(masks[1])))
         path.write_text(json.dumps({"kv_groups": weight}), encoding="utf-8")
@@ -63,4 +65,4 @@ def weigh_groups(state: CompileState) -> CompileState:
     weight = float(json.loads(path.read_text(encoding="utf-8"))["kv_groups"])
     state.say(f"removing KV groups loses {weight:.1f} x what their curves say, beside FFN channels")
     weighed = tuple(c.weighed(weight) for c in curves)
-    return replace(state, observations=Observations(weighed, state.observations.peaks))
+    return replace(state, observations=replace(state.observations, curves=weighed))

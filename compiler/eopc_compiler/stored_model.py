@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from eopc_compiler.assemble import write_weights
 from eopc_compiler.calibration import CalibrationSet
 from eopc_compiler.cut import cut_weights
 from eopc_compiler.extras import EXTRAS_SHARE, own_matrices, rounding
-from eopc_compiler.handover import Met, walk
+from eopc_compiler.handover import ContinuationLoss, Met, walk
 from eopc_compiler.importance import Report
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.load_tiers import load_tier
@@ -35,6 +36,7 @@ from eopc_runtime import __version__
 from eopc_runtime.tier_info import PASS
 
 ROUNDING_WINDOWS = 6  # per domain
+FINALIST_WINDOWS = 4  # per domain: enough to tell candidates apart
 TOKEN_WINDOWS = 6  # per domain, forth and back
 
 
@@ -130,6 +132,23 @@ def repair(
     jobs = [(ladder[-1], own_matrices(config, ladder, tiers, curves, storage, share)) for ladder in ladders]
     text = state.calibration.batches(most=most)
     return repair_tiers(model, jobs, text, state.args.prompt_part, rounding(storage), report, pruned, walked)
+
+
+def repaired_loss(
+    state: CompileState,
+    model: Llama,
+    losses: ContinuationLoss,
+    ladder: Sequence[Mask],
+    report: Report,
+    walked: Sequence[Met] | None = None,
+) -> float:
+    """Nats per continuation token, mean of the domains, of a ladder's last tier repaired on FINALIST_WINDOWS.
+
+    Args:
+        losses: what measures it, and says how prompts run; others as those of `repair`.
+    """
+    ((tier, _),) = repair(state, model, [ladder], FINALIST_WINDOWS, report, losses.pruned, walked)
+    return mean(losses.of_tier(tier, ladder[-1]).values())
 
 
 def pruned_tiers(state: CompileState) -> int:
