@@ -112,7 +112,7 @@ def start(args: BuildArgs, options: argparse.Namespace) -> CompileState:
         def windows(split: Split, most: int) -> CalibrationSet:
             return calibration_set(tokenizer, options.corpora, DOMAINS, most * length, length, args.seed, split)
 
-        found = {"selection": windows("selection", max(2, count // 4)), "heldout": windows("heldout", 2)}
+        found = {"selection": windows("selection", max(2, count // 2)), "heldout": windows("heldout", 2)}
         return replace(state, calibration=windows("calibration", args.repair_windows), **found)
 
     return run_passes(state, tuple(read_corpora if step is read_calibration else step for step in PLANNED))
@@ -144,7 +144,7 @@ def variants(
     alone = shrink_to_budget(deep, budget_j, curves, lambda m: reference_energy(state, m, storage), state.align)
     assert alone is not None  # wider than the mask, whose plan fits with a dearer prompt
     _, changes = repair_tier(model, mask, batches, 0, every)
-    repaired, _ = repair_tier(model, mask, batches, state.args.prompt_part, every)
+    repaired, _ = repair_tier(model, mask, batches, state.args.repair_part, every)
     rows = [
         ("throughout", alone, throughout(repair_tier(model, alone, batches, 0, every)[0], text)),
         ("handed over", mask, held_out.of_tier(apply_repair(tier_view(model, mask), mask, changes), mask)),

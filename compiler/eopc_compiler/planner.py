@@ -30,7 +30,7 @@ from eopc_runtime.units import format_energy
 
 Loss = Callable[[Mask], float]  # nats per continuation token
 
-RUN_OFF, CLOSE = 2, 0.1  # finalists at most that are repaired on more text, within so many nats of the best
+RUN_OFF, CLOSE = 3, 0.1  # finalists at most that are repaired and measured on more text, within so many nats of the best
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Objective:
         measured: continuation loss of a mask that only leaves layers out.
         repaired: continuation loss of the last of some tiers, smallest first, once repaired on part of the text; dear.
         align: FFN channels go this many at a time.
-        shipped: the same of several such ladders' last tiers, repaired on more text, nearer to how they ship; dearer.
+        shipped: the same of several such ladders' last tiers, repaired and measured on more text, nearer to how they ship; dearer.
     """
 
     curves: Sequence[LayerCurves]
@@ -240,7 +240,7 @@ class _Search:
         return self._run_off()
 
     def _run_off(self) -> Mask:
-        """Of the finalists that lose about the same, the one that loses least when it is repaired on more text.
+        """Of the finalists that lose about the same, the one that loses least when repaired and measured on more text.
 
         More text mends missing layers better than narrow ones, so the order of neighbours in depth changes with it.
         """

@@ -67,8 +67,9 @@ def plan_tiers(state: CompileState) -> CompileState:
 
     def produce(path: Path) -> None:
         assert state.selection and state.observations
-        model, text, args = deployed_model(state, storage), state.selection.batches(), state.args
-        selection = ContinuationLoss(model, text, args.prompt_part)
+        model, args, prompt = deployed_model(state, storage), state.args, state.args.prompt_part
+        text = state.selection.batches(most=FINALIST_WINDOWS)
+        selection = ContinuationLoss(model, text, prompt)
 
         def repaired(losses: ContinuationLoss, ladder: Sequence[Mask], walked: tuple[Met, ...] | None = None) -> float:
             return repaired_loss(state, model, losses, ladder, state.counter("repairing a candidate"), walked)
@@ -84,7 +85,8 @@ def plan_tiers(state: CompileState) -> CompileState:
         def shipped(ladders: Sequence[Sequence[Mask]]) -> list[float]:
             count = state.counter("repairing the best candidates")
             tiers = repair(state, model, ladders, args.calibration_windows, count)
-            return [mean(selection.of_tier(t, up[-1]).values()) for (t, _), up in zip(tiers, ladders, strict=True)]
+            losses = ContinuationLoss(model, state.selection.batches(), prompt)
+            return [mean(losses.of_tier(t, up[-1]).values()) for (t, _), up in zip(tiers, ladders, strict=True)]
 
         objective = Objective(state.observations.curves, price, measured, finalist, state.align, shipped)
         tiers = plan_ladder(full, args.budgets_j, objective, args.search_seconds, args.seed, state.tick)
@@ -95,7 +97,7 @@ def plan_tiers(state: CompileState) -> CompileState:
 
         def behind(path: PromptPath) -> Behind:
             def losses() -> ContinuationLoss:  # made when it is asked for, and not kept: it holds every layer's inputs
-                return ContinuationLoss(model, text, args.prompt_part, pruned(path))
+                return ContinuationLoss(model, text, prompt, pruned(path))
 
             return Behind(
                 price=lambda mask: plan_energy(state, mask, storage, path),

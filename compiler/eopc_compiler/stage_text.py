@@ -45,7 +45,7 @@ def read_calibration(state: CompileState) -> CompileState:
 def _windows(args: BuildArgs) -> dict[Split, int]:
     """How many windows of every domain a build reads."""
     n = args.calibration_windows
-    return {"calibration": max(n, args.repair_windows), "selection": max(2, n // 4), "heldout": max(2, n // 3)}
+    return {"calibration": max(n, args.repair_windows), "selection": max(2, n // 2), "heldout": max(2, n // 3)}
 
 
 def _own_text(state: CompileState) -> tuple[Domain, ...]:

@@ -36,7 +36,7 @@ from eopc_runtime import __version__
 from eopc_runtime.tier_info import PASS
 
 ROUNDING_WINDOWS = 6  # per domain
-FINALIST_WINDOWS = 4  # per domain: enough to tell candidates apart
+FINALIST_WINDOWS = 4  # per domain, to repair on and to measure on: enough to tell candidates apart
 TOKEN_WINDOWS = 6  # per domain, forth and back
 
 
@@ -131,7 +131,7 @@ def repair(
     tiers, share = pruned_tiers(state), None if state.args.independent else EXTRAS_SHARE
     jobs = [(ladder[-1], own_matrices(config, ladder, tiers, curves, storage, share)) for ladder in ladders]
     text = state.calibration.batches(most=most)
-    return repair_tiers(model, jobs, text, state.args.prompt_part, rounding(storage), report, pruned, walked)
+    return repair_tiers(model, jobs, text, state.args.repair_part, rounding(storage), report, pruned, walked)
 
 
 def repaired_loss(
@@ -161,7 +161,7 @@ def pruned_tiers(state: CompileState) -> int:
 def calibration_walk(state: CompileState, model: Llama, most: int) -> tuple[Met, ...]:
     """What the whole model does with the calibration text, for several repairs: hidden states of every layer."""
     assert state.calibration
-    return tuple(met.halved() for met in walk(model, state.calibration.batches(most=most), state.args.prompt_part))
+    return tuple(met.halved() for met in walk(model, state.calibration.batches(most=most), state.args.repair_part))
 
 
 def fit(
@@ -217,5 +217,5 @@ def repair_inputs(state: CompileState) -> dict[str, Any]:
         "storage": asdict(state.storage),
         "independent": state.args.independent,
         "tiers": pruned_tiers(state),
-        "prompt": state.args.prompt_part,
+        "prompt": [state.args.prompt_part, state.args.repair_part],
     }
