@@ -30,7 +30,7 @@ from eopc_runtime.units import format_energy
 
 Loss = Callable[[Mask], float]  # nats per continuation token
 
-RUN_OFF, CLOSE = 3, 0.1  # finalists at most that are repaired and measured on more text, within so many nats of the best
+RUN_OFF, CLOSE = 3, 0.1  # finalists at most that are judged on more text, within so many nats of the best
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Objective:
         measured: continuation loss of a mask that only leaves layers out.
         repaired: continuation loss of the last of some tiers, smallest first, once repaired on part of the text; dear.
         align: FFN channels go this many at a time.
-        shipped: the same of several such ladders' last tiers, repaired and measured on more text, nearer to how they ship; dearer.
+        shipped: the same of several such ladders' last tiers, on more text, nearer to how they ship; dearer.
     """
 
     curves: Sequence[LayerCurves]

@@ -68,7 +68,7 @@ def plan_tiers(state: CompileState) -> CompileState:
     def produce(path: Path) -> None:
         assert state.selection and state.observations
         model, args, prompt = deployed_model(state, storage), state.args, state.args.prompt_part
-        text = state.selection.batches(most=FINALIST_WINDOWS)
+        all_text, text = state.selection.batches(), state.selection.batches(most=FINALIST_WINDOWS)
         selection = ContinuationLoss(model, text, prompt)
 
         def repaired(losses: ContinuationLoss, ladder: Sequence[Mask], walked: tuple[Met, ...] | None = None) -> float:
@@ -85,7 +85,7 @@ def plan_tiers(state: CompileState) -> CompileState:
         def shipped(ladders: Sequence[Sequence[Mask]]) -> list[float]:
             count = state.counter("repairing the best candidates")
             tiers = repair(state, model, ladders, args.calibration_windows, count)
-            losses = ContinuationLoss(model, state.selection.batches(), prompt)
+            losses = ContinuationLoss(model, all_text, prompt)
             return [mean(losses.of_tier(t, up[-1]).values()) for (t, _), up in zip(tiers, ladders, strict=True)]
 
         objective = Objective(state.observations.curves, price, measured, finalist, state.align, shipped)
