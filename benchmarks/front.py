@@ -82,7 +82,8 @@ class Judge:
         mask = shrink_to_budget(deep, tier.budget_j, state.observations.curves, price, state.align)
         assert mask is not None
         repaired = repair_tier(self.model, mask, state.calibration.batches(), 0, range(len(full.layers)))[0]
-        return self.entry("throughout", price(mask), throughout(repaired, self.text))
+        losses = {domain: float(of.mean()) for domain, of in throughout(repaired, self.text).items()}
+        return self.entry("throughout", price(mask), losses)
 
     def static(self, kind: str, tier: TierPlan, path: PromptPath | None = None) -> Entry:
         """A tier's answers behind prompts of this path, repaired for them."""

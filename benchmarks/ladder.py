@@ -11,6 +11,9 @@ on documents that neither calibration nor the search has seen, all at predicted 
     depth, width, uniform   only layers / only FFN and KV units by their curves / the same share everywhere, repaired
     independent  the same search without nesting, every matrix its own
 
+What stands behind ± is half of the 95 % interval, over sequences, of the difference from the tier repaired in every
+layer ("repaired, all"), which the row begins with: rows that differ by less cannot be told apart.
+
 Calibrated on the built-in text, as in `eopc build`; with --calibrate own on what the model writes itself too, as with
 `eopc build --own-text`; with --calibrate corpora on other documents of the same three corpora, as much text of each.
 """
@@ -18,14 +21,17 @@ Calibrated on the built-in text, as in `eopc build`; with --calibrate own on wha
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import click
 import torch
 from corpora import add_corpora_option, calibration_set, evaluation_windows
+from torch import Tensor
 
 from eopc_compiler.cache import StageCache
 from eopc_compiler.calibration import Batch, CalibrationSet, Split
@@ -46,12 +52,14 @@ from eopc_runtime.profiles import load_profile
 from eopc_runtime.units import format_energy, parse_budgets
 
 DOMAINS, LENGTH, PROMPT = ("wiki", "code", "maths"), 256, 128
+REPAIRED = "repaired, all"
 PLANNED = PASSES[: PASSES.index(plan_tiers) + 1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, budgets="9,7,5J", windows=24)
+    parser.add_argument("--rows", choices=["all", "handover"], default="all", help="handover: the first four only")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     state = start(build_args(options), options)
@@ -59,15 +67,18 @@ def main() -> None:
     model = deployed_model(state, state.storage)
     text = evaluation_windows(state.checkpoint.tokenizer(), options.corpora, DOMAINS, options.windows, LENGTH)
     held_out = ContinuationLoss(model, text.batches(), PROMPT)
-    dense = held_out.of_mask(full_mask(state.config))
-    _row("dense", dict.fromkeys(dense, 0.0), reference_energy(state, full_mask(state.config), state.storage))
+    full = full_mask(state.config)
+    dense = held_out.by_window(model, full)
+    click.echo(f"  dense          {reference_energy(state, full, state.storage):6.3f} J")
     for index, tier in enumerate(state.plan[1:], start=1):
         assert tier.budget_j is not None
         click.echo(f"t{index}, {format_energy(tier.budget_j)}: {_kept(state, tier.mask)}")
         ladder = up_to(state.plan, index)
-        for name, mask, losses in variants(state, model, ladder, tier.budget_j, held_out, text.batches()):
+        rows = variants(state, model, ladder, tier.budget_j, held_out, text.batches(), options.rows == "handover")
+        base = next(losses for name, _, losses in rows if name == REPAIRED)
+        for name, mask, losses in rows:
             price = reference_energy if name == "throughout" else plan_energy
-            _row(name, {d: losses[d] - dense[d] for d in dense}, price(state, mask, state.storage), _kept(state, mask))
+            _row(name, price(state, mask, state.storage), losses, dense, base, _kept(state, mask))
 
 
 def add_options(parser: argparse.ArgumentParser, budgets: str, windows: int) -> None:
@@ -125,8 +136,13 @@ def variants(
     budget_j: float,
     held_out: ContinuationLoss,
     text: Sequence[Batch],
-) -> list[tuple[str, Mask, dict[int, float]]]:
-    """(name, mask, continuation loss by domain) of everything compared at one budget, above the same smaller tiers."""
+    handover_only: bool,
+) -> list[tuple[str, Mask, dict[int, Tensor]]]:
+    """(name, mask, continuation losses [windows] by domain) of all compared at a budget, above the same smaller tiers.
+
+    Args:
+        handover_only: leave out the simple ladders and the search without nesting.
+    """
     (*smaller, mask) = ladder
     assert state.storage and state.observations and state.calibration
     storage, batches = state.storage, state.calibration.batches()
@@ -135,8 +151,8 @@ def variants(
     def price(candidate: Mask) -> float:
         return plan_energy(state, candidate, storage)
 
-    def shipped(candidate: Mask) -> dict[int, float]:
-        return held_out.of_tier(repair(state, model, [(*smaller, candidate)])[0][0], candidate)
+    def shipped(candidate: Mask) -> dict[int, Tensor]:
+        return held_out.by_window(repair(state, model, [(*smaller, candidate)])[0][0], candidate)
 
     full = full_mask(state.config)
     deep = Mask(tuple(full.layers[d.source_layer] for d in mask.layers))
@@ -147,10 +163,12 @@ def variants(
     repaired, _ = repair_tier(model, mask, batches, state.args.repair_part, every)
     rows = [
         ("throughout", alone, throughout(repair_tier(model, alone, batches, 0, every)[0], text)),
-        ("handed over", mask, held_out.of_tier(apply_repair(tier_view(model, mask), mask, changes), mask)),
-        ("repaired, all", mask, held_out.of_tier(repaired, mask)),
+        ("handed over", mask, held_out.by_window(apply_repair(tier_view(model, mask), mask, changes), mask)),
+        (REPAIRED, mask, held_out.by_window(repaired, mask)),
         ("repaired", mask, shipped(mask)),
     ]
+    if handover_only:
+        return rows
     for name, candidate in simple_ladders(state, budget_j).items():
         if candidate is None:
             click.echo(f"  {name:14} cannot reach {format_energy(budget_j)}")
@@ -159,7 +177,7 @@ def variants(
             rows.append((name, candidate, shipped(candidate)))
     free = replace(state, args=replace(state.args, budgets_j=(budget_j,), independent=True))
     own = plan_tiers(free).plan[-1].mask
-    rows.append(("independent", own, held_out.of_tier(repair(free, model, [[own]])[0][0], own)))
+    rows.append(("independent", own, held_out.by_window(repair(free, model, [[own]])[0][0], own)))
     return rows
 
 
@@ -189,15 +207,15 @@ def simple_ladders(state: CompileState, budget_j: float) -> dict[str, Mask | Non
     }
 
 
-def throughout(tier: Llama, batches: Sequence[Batch]) -> dict[int, float]:
-    """Continuation loss by domain of a tier that has run the prompts itself."""
-    totals: dict[int, list[float]] = {}
+def throughout(tier: Llama, batches: Sequence[Batch]) -> dict[int, Tensor]:
+    """Continuation losses [windows] by domain of a tier that has run the prompts itself, fp64."""
+    found: dict[int, list[Tensor]] = {}
     for batch in batches:
         with fast_math():
             hidden = run_blocks(tier, batch.tokens)
             losses = next_token_losses(tier, hidden[:, PROMPT:], batch.tokens[:, PROMPT:])
-        totals.setdefault(batch.domain, []).extend(losses.flatten().tolist())
-    return {domain: sum(values) / len(values) for domain, values in totals.items()}
+        found.setdefault(batch.domain, []).append(losses.mean(1, dtype=torch.float64))
+    return {domain: torch.cat(parts) for domain, parts in found.items()}
 
 
 def _kept(state: CompileState, mask: Mask) -> str:
@@ -205,9 +223,25 @@ def _kept(state: CompileState, mask: Mask) -> str:
     return f"{len(mask.layers)} layers, {shares['kv_groups']:.0%} of KV groups, {shares['ffn']:.0%} of FFN"
 
 
-def _row(name: str, added: dict[int, float], joules: float, kept: str = "") -> None:
-    cells = "  ".join(f"{DOMAINS[d]} +{v:.3f}" for d, v in sorted(added.items()))
-    click.echo(f"  {name:14} {joules:6.3f} J  {cells}  mean +{sum(added.values()) / len(added):.3f}  {kept}")
+def _row(
+    name: str,
+    joules: float,
+    losses: dict[int, Tensor],
+    dense: dict[int, Tensor],
+    base: dict[int, Tensor],
+    kept: str,
+) -> None:
+    """One line: nats added by domain and in their mean, and how far that can be told from the base's."""
+    added = {d: float((losses[d] - dense[d]).mean()) for d in sorted(dense)}
+    cells = "  ".join(f"{DOMAINS[d]} +{v:.3f} ±{_half_interval([losses[d] - base[d]]):.3f}" for d, v in added.items())
+    whole = _half_interval([losses[d] - base[d] for d in added])
+    click.echo(f"  {name:14} {joules:6.3f} J  {cells}  mean +{fmean(added.values()):.3f} ±{whole:.3f}  {kept}")
+
+
+def _half_interval(differences: Sequence[Tensor]) -> float:
+    """Half of the 95 % interval of the mean over domains of differences [windows], normal."""
+    variances = [float(d.var()) / len(d) for d in differences]
+    return 1.96 * math.sqrt(sum(variances)) / len(differences)
 
 
 if __name__ == "__main__":

@@ -62,11 +62,15 @@ class ContinuationLoss:
         """Mean loss by domain, nats per continuation token, of the unrepaired tier."""
         return self.of_tier(tier_view(self.model, mask), mask)
 
-    @torch.no_grad()
     def of_tier(self, tier: Llama, mask: Mask) -> dict[int, float]:
         """The same for a tier whose matrices may be its own."""
+        return {domain: float(losses.mean()) for domain, losses in self.by_window(tier, mask).items()}
+
+    @torch.no_grad()
+    def by_window(self, tier: Llama, mask: Mask) -> dict[int, Tensor]:
+        """The same for every window [windows] of a domain, fp64."""
         self.evaluations += 1
-        totals, counts = dict[int, float](), dict[int, int]()
+        found = dict[int, list[Tensor]]()
         start = self._shared(tier, mask)
         for index, (domain, _, tokens) in enumerate(self.batches):
             x = self._inputs[index][start // KEPT_EVERY]  # behind shared layers, whatever the tier leaves out after
@@ -75,9 +79,8 @@ class ContinuationLoss:
                     past = inherited(self._past[index][dims.source_layer], dims.num_key_value_heads)
                     x = run_layer(tier, layer, x, past)
                 losses = next_token_losses(tier, x, tokens[:, self.prompt :])
-            totals[domain] = totals.get(domain, 0.0) + float(losses.sum())
-            counts[domain] = counts.get(domain, 0) + losses.numel()
-        return {domain: totals[domain] / counts[domain] for domain in totals}
+            found.setdefault(domain, []).append(losses.mean(1, dtype=torch.float64))
+        return {domain: torch.cat(parts) for domain, parts in found.items()}
 
     def _shared(self, tier: Llama, mask: Mask) -> int:
         """How many of the tier's first layers need not be run: those of the whole model, to where inputs are kept."""
