@@ -94,6 +94,18 @@ class ContinuationLoss:
         return min(count, len(mask.layers) - 1) // KEPT_EVERY * KEPT_EVERY
 
 
+def losses_of_tiers(
+    model: Llama, batches: Sequence[Batch], prompt: int, tiers: Sequence[tuple[Llama, Mask]]
+) -> list[dict[int, float]]:
+    """`ContinuationLoss.of_tier` of some tiers, in the memory that one batch takes."""
+    found: list[dict[int, list[Tensor]]] = [{} for _ in tiers]
+    for batch in batches:
+        losses = ContinuationLoss(model, [batch], prompt)
+        for parts, (tier, mask) in zip(found, tiers, strict=True):
+            parts.setdefault(batch.domain, []).append(losses.by_window(tier, mask)[batch.domain])
+    return [{domain: float(torch.cat(windows).mean()) for domain, windows in parts.items()} for parts in found]
+
+
 def _same(ours: Projection, theirs: Projection) -> bool:
     """Whether a tier's map is the shared one: neither its matrix nor its bias is the tier's own."""
     a, b = ours.bias, theirs.bias

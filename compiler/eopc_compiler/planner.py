@@ -30,7 +30,7 @@ from eopc_runtime.units import format_energy
 
 Loss = Callable[[Mask], float]  # nats per continuation token
 
-RUN_OFF, CLOSE = 3, 0.1  # finalists at most that are judged on more text, within so many nats of the best
+RUN_OFF, CLOSE = 3, 0.1  # finalists at most that are judged on more text: within this share of what the best one adds
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +131,12 @@ def plan_ladder(
     floor = price(smallest_mask(full, objective.curves, objective.align))
     if below:
         require_reachable(below[0], floor)
-    tiers = list[TierPlan]()
+    tiers, dense = list[TierPlan](), objective.measured(full)
     for position, budget in enumerate(below):
-        search = _Search(full, [t.mask for t in tiers], budget, objective, random.Random(f"{seed}:{position}"), report)
+        rng = random.Random(f"{seed}:{position}")
+        search = _Search(full, [t.mask for t in tiers], budget, objective, dense, rng, report)
         tiers.append(search.run(search_seconds / len(below), clock))
-    return _dense(full, budgets_j, dense_j, objective.measured(full)), *reversed(tiers)
+    return _dense(full, budgets_j, dense_j, dense), *reversed(tiers)
 
 
 def require_reachable(budget_j: float, floor_j: float) -> None:
@@ -190,11 +191,12 @@ class _Search:
         smaller: Sequence[Mask],
         budget_j: float,
         objective: Objective,
+        dense: float,
         rng: random.Random,
         report: Callable[[str], None] | None,
     ) -> None:
         self.full, self.smaller, self.budget_j, self.objective = full, smaller, budget_j, objective
-        self.rng, self.report = rng, report
+        self.dense, self.rng, self.report = dense, rng, report
         self.below = smaller[-1] if smaller else EMPTY
         self.needed = frozenset(d.source_layer for d in self.below.layers)
         self.seen: dict[frozenset[int], tuple[float, Mask] | None] = {}
@@ -245,7 +247,8 @@ class _Search:
         More text mends missing layers better than narrow ones, so the order of neighbours in depth changes with it.
         """
         best, *others = sorted(self.losses, key=lambda mask: self.losses[mask])
-        close = [best, *(m for m in others[: RUN_OFF - 1] if self.losses[m] < self.losses[best] + CLOSE)]
+        most = self.losses[best] + CLOSE * (self.losses[best] - self.dense)
+        close = [best, *(m for m in others[: RUN_OFF - 1] if self.losses[m] < most)]
         if len(close) == 1:
             return best
         losses = dict(zip(close, self.objective.shipped([(*self.smaller, m) for m in close]), strict=True))

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import fmean as mean
 
-from eopc_compiler.handover import ContinuationLoss, Met
+from eopc_compiler.handover import ContinuationLoss, Met, losses_of_tiers
 from eopc_compiler.ladder import Mask, full_mask, read_masks
 from eopc_compiler.planner import Objective, TierPlan, plan_ladder, plan_masks
 from eopc_compiler.prefill_planner import Behind, paths_to_try, plan_prefill
@@ -83,14 +83,15 @@ def plan_tiers(state: CompileState) -> CompileState:
             return repaired(selection, ladder, walk())
 
         def shipped(ladders: Sequence[Sequence[Mask]]) -> list[float]:
+            walk.cache_clear()  # it holds hidden states of every layer, and so many windows take as much again
             count = state.counter("repairing the best candidates")
             tiers = repair(state, model, ladders, args.calibration_windows, count)
-            losses = ContinuationLoss(model, all_text, prompt)
-            return [mean(losses.of_tier(t, up[-1]).values()) for (t, _), up in zip(tiers, ladders, strict=True)]
+            masked = [(tier, ladder[-1]) for (tier, _), ladder in zip(tiers, ladders, strict=True)]
+            return [mean(losses.values()) for losses in losses_of_tiers(model, all_text, prompt, masked)]
 
         objective = Objective(state.observations.curves, price, measured, finalist, state.align, shipped)
         tiers = plan_ladder(full, args.budgets_j, objective, args.search_seconds, args.seed, state.tick)
-        walk.cache_clear()  # it holds hidden states of every layer
+        walk.cache_clear()
 
         def pruned(path: PromptPath | None) -> PrunedPrompt | None:
             return pruned_prompt(state, storage, path, lambda: model)

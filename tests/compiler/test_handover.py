@@ -14,7 +14,7 @@ from torch import Tensor
 from eopc_compiler import tier_repair
 from eopc_compiler.calibration import Batch
 from eopc_compiler.config import LayerDims, LlamaConfig
-from eopc_compiler.handover import ContinuationLoss
+from eopc_compiler.handover import ContinuationLoss, losses_of_tiers
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.model import Cache, Llama, build_model
 from eopc_compiler.quantize import Quantized, round_to_nearest
@@ -109,6 +109,17 @@ def test_what_a_tier_has_of_its_own_counts(make_tiny: MakeTiny, own: frozenset[i
     assert got == pytest.approx(reference(model, tier, GAP, batches[0].tokens), abs=1e-5)
     assert abs(got - losses.of_mask(GAP)[0]) > 1e-3
     assert losses.evaluations == 2
+
+
+def test_losses_of_tiers_are_those_of_each(make_tiny: MakeTiny) -> None:
+    """A batch at a time, in domains of unequal batches: the same means over windows."""
+    model = deployed(make_tiny)
+    one, two = sampled(model, 9, 1), sampled(model, 5, 2)
+    batches = [Batch(d, 1.0, part) for d, w in enumerate((one, two)) for part in torch.split(w, 4)]
+    tiers = [(tier_view(model, mask), mask) for mask in (GAP, HALVED)]
+    whole = ContinuationLoss(model, batches, PROMPT)
+    for got, (tier, mask) in zip(losses_of_tiers(model, batches, PROMPT, tiers), tiers, strict=True):
+        assert got == pytest.approx(whole.of_tier(tier, mask), abs=1e-6)
 
 
 def test_nothing_removed_is_nothing_repaired(make_tiny: MakeTiny) -> None:

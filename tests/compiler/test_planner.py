@@ -348,13 +348,14 @@ def test_depth_alone_is_measured_whichever_steps_before_it_cannot_fit() -> None:
     assert {row["layers"] for row in tier.considered} == {6, 5, 4, 3}
 
 
-def test_finalists_that_lose_about_the_same_are_judged_as_they_ship() -> None:
-    """Those within CLOSE of the best, RUN_OFF at most, all at once; the others have lost already."""
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_finalists_that_lose_about_the_same_are_judged_as_they_ship(scale: float) -> None:
+    """Those within CLOSE of what the best adds, RUN_OFF at most, all at once; the others have lost already."""
     case, asked = example(), list[Mask]()
 
     class Even(Case):
         def repaired(self, mask: Mask) -> float:
-            return 2.0 + 0.02 * (len(mask.layers) - 1)  # 0.02, 0.04 and 0.06 above the shallowest
+            return 1.0 + scale * (1 + 0.02 * (len(mask.layers) - 1))  # 2, 4 and 6 % above the shallowest; dense has 1.0
 
         def shipped(self, ladders: Sequence[Sequence[Mask]]) -> list[float]:
             asked.extend(ladder[-1] for ladder in ladders)
