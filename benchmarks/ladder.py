@@ -11,9 +11,9 @@ on documents that neither calibration nor the search has seen, all at predicted 
     depth, width, uniform   only layers / only FFN and KV units by their curves / the same share everywhere, repaired
     independent  the same search without nesting, every matrix its own
 
-"repaired, all" has a matrix of its own in every layer that needs one, "repaired" within the bytes a bundle allows. Behind
-± stands half of the 95 % interval, over sequences, of a row's difference from "repaired, all": where that is less, the
-two cannot be told apart.
+"repaired, all" has a matrix of its own in every layer that needs one, "repaired" within the bytes a bundle allows.
+Behind ± stands half of the 95 % interval, over sequences, of a row's difference from "repaired, all": two rows that
+differ by less cannot be told apart.
 
 Calibrated on the built-in text, as in `eopc build`; with --calibrate own on what the model writes itself too, as with
 `eopc build --own-text`; with --calibrate corpora on other documents of the same three corpora, as much text of each.
