@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("torch", reason="the compiler extra is not installed")
 
@@ -17,6 +18,7 @@ from eopc_compiler.build import build, restore_old
 from eopc_compiler.cache import StageCache
 from eopc_compiler.weights import WeightWriter
 from eopc_runtime.bundle import Bundle
+from eopc_runtime.cli.main import cli
 from eopc_runtime.errors import EopcError, ParityError
 
 Settings = Callable[..., Any]
@@ -41,6 +43,22 @@ def test_an_interrupted_build_leaves_nothing_and_resumes(
     assert any(line.startswith("reused from an earlier run: observe") for line in said)
     assert Bundle.open(args.output).manifest.tiers
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_command_says_once_that_it_was_interrupted_and_how_to_go_on(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends `eopc build` with one last line and the code that shells expect."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eopc_compiler.build.build", interrupt)
+    command = ["build", str(tiny_checkpoint), "--device", "cpu", "--budgets", "2J", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 130
+    _, last = result.stderr.splitlines()
+    assert last == "Interrupted; run the same command to resume."
 
 
 def test_a_wrong_graph_stops_the_build_and_keeps_the_old_bundle(

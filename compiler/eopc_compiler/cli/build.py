@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from eopc_compiler.cli.options import calib_select_option
+from eopc_runtime.cli.main import INTERRUPTED
 from eopc_runtime.cli.output import Progress, format_bytes, print_json, print_table
 from eopc_runtime.errors import UsageError
 from eopc_runtime.profiles import load_profile
@@ -187,7 +188,7 @@ def build(
         )
     except KeyboardInterrupt:
         progress.done("Interrupted; run the same command to resume.")
-        raise
+        raise click.exceptions.Exit(INTERRUPTED) from None
     content = result.to_json()
     if as_json:
         print_json(content)
