@@ -25,13 +25,13 @@ import torch
 from corpora import evaluation_windows
 from ladder import DOMAINS, add_options, build_args, start, throughout
 
-from eopc_compiler.calibration import Batch
+from eopc_compiler.calibration import Batch, domain_means
 from eopc_compiler.handover import ContinuationLoss
 from eopc_compiler.ladder import Mask, full_mask
 from eopc_compiler.model import Llama
 from eopc_compiler.planner import TierPlan
 from eopc_compiler.pricing import reference_energy
-from eopc_compiler.selector_fit import domain_means, selected_losses
+from eopc_compiler.selector_fit import selected_losses
 from eopc_compiler.shrink import shrink_to_budget
 from eopc_compiler.stage_plan import plan_tiers
 from eopc_compiler.state import CompileState, Workload
@@ -82,8 +82,7 @@ class Judge:
         mask = shrink_to_budget(deep, tier.budget_j, state.observations.curves, price, state.align)
         assert mask is not None
         repaired = repair_tier(self.model, mask, state.calibration.batches(), 0, range(len(full.layers)))[0]
-        losses = {domain: float(of.mean()) for domain, of in throughout(repaired, self.text).items()}
-        return self.entry("throughout", price(mask), losses)
+        return self.entry("throughout", price(mask), domain_means(self.text, throughout(repaired, self.text)))
 
     def static(self, kind: str, tier: TierPlan, path: PromptPath | None = None) -> Entry:
         """A tier's answers behind prompts of this path, repaired for them."""

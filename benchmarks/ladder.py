@@ -35,7 +35,7 @@ from corpora import add_corpora_option, calibration_set, evaluation_windows
 from torch import Tensor
 
 from eopc_compiler.cache import StageCache
-from eopc_compiler.calibration import Batch, CalibrationSet, Split
+from eopc_compiler.calibration import Batch, CalibrationSet, Split, by_domain
 from eopc_compiler.handover import ContinuationLoss
 from eopc_compiler.ladder import Mask, full_mask, keep_shares
 from eopc_compiler.model import Llama
@@ -45,6 +45,7 @@ from eopc_compiler.pricing import plan_energy, reference_energy
 from eopc_compiler.sequences import fast_math, next_token_losses, run_blocks
 from eopc_compiler.shrink import shrink_to_budget
 from eopc_compiler.stage_plan import plan_tiers
+from eopc_compiler.stage_text import window_counts
 from eopc_compiler.state import BuildArgs, CompileState
 from eopc_compiler.stored_model import deployed_model, repair
 from eopc_compiler.tier_model import tier_view
@@ -69,17 +70,18 @@ def main() -> None:
     text = evaluation_windows(state.checkpoint.tokenizer(), options.corpora, DOMAINS, options.windows, LENGTH)
     held_out = ContinuationLoss(model, text.batches(), PROMPT)
     full = full_mask(state.config)
-    dense = held_out.by_window(model, full)
+    dense = held_out.by_batch(model, full)
     click.echo(f"  dense          {reference_energy(state, full, state.storage):6.3f} J")
     for index, tier in enumerate(state.plan[1:], start=1):
         assert tier.budget_j is not None
         click.echo(f"t{index}, {format_energy(tier.budget_j)}: {_kept(state, tier.mask)}")
         ladder = up_to(state.plan, index)
-        rows = variants(state, model, ladder, tier.budget_j, held_out, text.batches(), options.rows == "handover")
+        rows = variants(state, model, ladder, tier.budget_j, held_out, options.rows == "handover")
         base = next(losses for name, _, losses in rows if name == REPAIRED)
         for name, mask, losses in rows:
             price = reference_energy if name == "throughout" else plan_energy
-            _row(name, price(state, mask, state.storage), losses, dense, base, _kept(state, mask))
+            added, apart = (_more(held_out.batches, losses, others) for others in (dense, base))
+            _row(name, price(state, mask, state.storage), added, apart, _kept(state, mask))
 
 
 def add_options(parser: argparse.ArgumentParser, budgets: str, windows: int) -> None:
@@ -119,13 +121,19 @@ def start(args: BuildArgs, options: argparse.Namespace) -> CompileState:
     def read_corpora(state: CompileState) -> CompileState:
         """In the place of `read_calibration`: windows of the corpora, from its three splits."""
         assert state.checkpoint
-        tokenizer, length, count = state.checkpoint.tokenizer(), args.calibration_length, args.calibration_windows
+        tokenizer, length, counts = state.checkpoint.tokenizer(), args.calibration_length, window_counts(args)
 
-        def windows(split: Split, most: int) -> CalibrationSet:
-            return calibration_set(tokenizer, options.corpora, DOMAINS, most * length, length, args.seed, split)
+        def windows(split: Split) -> CalibrationSet:
+            return calibration_set(
+                tokenizer, options.corpora, DOMAINS, counts[split] * length, length, args.seed, split
+            )
 
-        found = {"selection": windows("selection", max(2, count // 2)), "heldout": windows("heldout", 2)}
-        return replace(state, calibration=windows("calibration", args.repair_windows), **found)
+        return replace(
+            state,
+            calibration=windows("calibration"),
+            selection=windows("selection"),
+            heldout=windows("heldout"),
+        )
 
     return run_passes(state, tuple(read_corpora if step is read_calibration else step for step in PLANNED))
 
@@ -136,10 +144,9 @@ def variants(
     ladder: Sequence[Mask],
     budget_j: float,
     held_out: ContinuationLoss,
-    text: Sequence[Batch],
     handover_only: bool,
-) -> list[tuple[str, Mask, dict[int, Tensor]]]:
-    """(name, mask, continuation losses [windows] by domain) of all compared at a budget, above the same smaller tiers.
+) -> list[tuple[str, Mask, list[Tensor]]]:
+    """(name, mask, losses of every batch's continuations) of all compared at a budget, above the same smaller tiers.
 
     Args:
         handover_only: leave out the simple ladders and the search without nesting.
@@ -152,8 +159,8 @@ def variants(
     def price(candidate: Mask) -> float:
         return plan_energy(state, candidate, storage)
 
-    def shipped(candidate: Mask) -> dict[int, Tensor]:
-        return held_out.by_window(repair(state, model, [(*smaller, candidate)])[0][0], candidate)
+    def shipped(candidate: Mask) -> list[Tensor]:
+        return held_out.by_batch(repair(state, model, [(*smaller, candidate)])[0][0], candidate)
 
     full = full_mask(state.config)
     deep = Mask(tuple(full.layers[d.source_layer] for d in mask.layers))
@@ -163,9 +170,9 @@ def variants(
     _, changes = repair_tier(model, mask, batches, 0, every)
     repaired, _ = repair_tier(model, mask, batches, state.args.repair_part, every)
     rows = [
-        ("throughout", alone, throughout(repair_tier(model, alone, batches, 0, every)[0], text)),
-        ("handed over", mask, held_out.by_window(apply_repair(tier_view(model, mask), mask, changes), mask)),
-        (REPAIRED, mask, held_out.by_window(repaired, mask)),
+        ("throughout", alone, throughout(repair_tier(model, alone, batches, 0, every)[0], held_out.batches)),
+        ("handed over", mask, held_out.by_batch(apply_repair(tier_view(model, mask), mask, changes), mask)),
+        (REPAIRED, mask, held_out.by_batch(repaired, mask)),
         ("repaired", mask, shipped(mask)),
     ]
     if handover_only:
@@ -178,7 +185,7 @@ def variants(
             rows.append((name, candidate, shipped(candidate)))
     free = replace(state, args=replace(state.args, budgets_j=(budget_j,), independent=True))
     own = plan_tiers(free).plan[-1].mask
-    rows.append(("independent", own, held_out.by_window(repair(free, model, [[own]])[0][0], own)))
+    rows.append(("independent", own, held_out.by_batch(repair(free, model, [[own]])[0][0], own)))
     return rows
 
 
@@ -208,15 +215,14 @@ def simple_ladders(state: CompileState, budget_j: float) -> dict[str, Mask | Non
     }
 
 
-def throughout(tier: Llama, batches: Sequence[Batch]) -> dict[int, Tensor]:
-    """Continuation losses [windows] by domain of a tier that has run the prompts itself, fp64."""
-    found: dict[int, list[Tensor]] = {}
+def throughout(tier: Llama, batches: Sequence[Batch]) -> list[Tensor]:
+    """Losses [n, S - PROMPT - 1] of every batch's continuations on a tier that has run the prompts itself."""
+    found = list[Tensor]()
     for batch in batches:
         with fast_math():
             hidden = run_blocks(tier, batch.tokens)
-            losses = next_token_losses(tier, hidden[:, PROMPT:], batch.tokens[:, PROMPT:])
-        found.setdefault(batch.domain, []).append(losses.mean(1, dtype=torch.float64))
-    return {domain: torch.cat(parts) for domain, parts in found.items()}
+            found.append(next_token_losses(tier, hidden[:, PROMPT:], batch.tokens[:, PROMPT:]))
+    return found
 
 
 def _kept(state: CompileState, mask: Mask) -> str:
@@ -224,19 +230,18 @@ def _kept(state: CompileState, mask: Mask) -> str:
     return f"{len(mask.layers)} layers, {shares['kv_groups']:.0%} of KV groups, {shares['ffn']:.0%} of FFN"
 
 
-def _row(
-    name: str,
-    joules: float,
-    losses: dict[int, Tensor],
-    dense: dict[int, Tensor],
-    base: dict[int, Tensor],
-    kept: str,
-) -> None:
+def _more(batches: Sequence[Batch], losses: Sequence[Tensor], others: Sequence[Tensor]) -> dict[int, Tensor]:
+    """By domain, nats per token that every window [windows] loses beyond other losses of the same text, fp64."""
+    differences = [(a.double() - b.double()).mean(1) for a, b in zip(losses, others, strict=True)]
+    return by_domain(batches, differences)
+
+
+def _row(name: str, joules: float, added: dict[int, Tensor], apart: dict[int, Tensor], kept: str) -> None:
     """One line: nats added by domain and in their mean, and how far that can be told from the base's."""
-    added = {d: float((losses[d] - dense[d]).mean()) for d in sorted(dense)}
-    cells = "  ".join(f"{DOMAINS[d]} +{v:.3f} ±{_half_interval([losses[d] - base[d]]):.3f}" for d, v in added.items())
-    whole = _half_interval([losses[d] - base[d] for d in added])
-    click.echo(f"  {name:14} {joules:6.3f} J  {cells}  mean +{fmean(added.values()):.3f} ±{whole:.3f}  {kept}")
+    means = {d: float(windows.mean()) for d, windows in added.items()}
+    cells = "  ".join(f"{DOMAINS[d]} +{v:.3f} ±{_half_interval([apart[d]]):.3f}" for d, v in means.items())
+    whole = _half_interval(list(apart.values()))
+    click.echo(f"  {name:14} {joules:6.3f} J  {cells}  mean +{fmean(means.values()):.3f} ±{whole:.3f}  {kept}")
 
 
 def _half_interval(differences: Sequence[Tensor]) -> float:

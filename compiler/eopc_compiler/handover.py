@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eopc_compiler.calibration import Batch
+from eopc_compiler.calibration import Batch, domain_means
 from eopc_compiler.ladder import Mask
 from eopc_compiler.model import Llama, Projection
 from eopc_compiler.prompt_cache import PromptCache
@@ -64,23 +64,22 @@ class ContinuationLoss:
 
     def of_tier(self, tier: Llama, mask: Mask) -> dict[int, float]:
         """The same for a tier whose matrices may be its own."""
-        return {domain: float(losses.mean()) for domain, losses in self.by_window(tier, mask).items()}
+        return domain_means(self.batches, self.by_batch(tier, mask))
 
     @torch.no_grad()
-    def by_window(self, tier: Llama, mask: Mask) -> dict[int, Tensor]:
-        """The same for every window [windows] of a domain, fp64."""
+    def by_batch(self, tier: Llama, mask: Mask) -> list[Tensor]:
+        """Losses [n, S - prompt - 1] in nats of every batch's continuations."""
         self.evaluations += 1
-        found = dict[int, list[Tensor]]()
+        found = list[Tensor]()
         start = self._shared(tier, mask)
-        for index, (domain, _, tokens) in enumerate(self.batches):
+        for index, batch in enumerate(self.batches):
             x = self._inputs[index][start // KEPT_EVERY]  # behind shared layers, whatever the tier leaves out after
             with fast_math():
                 for dims, layer in list(zip(mask.layers, tier.blocks, strict=True))[start:]:
                     past = inherited(self._past[index][dims.source_layer], dims.num_key_value_heads)
                     x = run_layer(tier, layer, x, past)
-                losses = next_token_losses(tier, x, tokens[:, self.prompt :])
-            found.setdefault(domain, []).append(losses.mean(1, dtype=torch.float64))
-        return {domain: torch.cat(parts) for domain, parts in found.items()}
+                found.append(next_token_losses(tier, x, batch.tokens[:, self.prompt :]))
+        return found
 
     def _shared(self, tier: Llama, mask: Mask) -> int:
         """How many of the tier's first layers need not be run: those of the whole model, to where inputs are kept."""
@@ -98,12 +97,12 @@ def losses_of_tiers(
     model: Llama, batches: Sequence[Batch], prompt: int, tiers: Sequence[tuple[Llama, Mask]]
 ) -> list[dict[int, float]]:
     """`ContinuationLoss.of_tier` of some tiers, in the memory that one batch takes."""
-    found: list[dict[int, list[Tensor]]] = [{} for _ in tiers]
+    found: list[list[Tensor]] = [[] for _ in tiers]
     for batch in batches:
         losses = ContinuationLoss(model, [batch], prompt)
         for parts, (tier, mask) in zip(found, tiers, strict=True):
-            parts.setdefault(batch.domain, []).append(losses.by_window(tier, mask)[batch.domain])
-    return [{domain: float(torch.cat(windows).mean()) for domain, windows in parts.items()} for parts in found]
+            parts += losses.by_batch(tier, mask)
+    return [domain_means(batches, parts) for parts in found]
 
 
 def _same(ours: Projection, theirs: Projection) -> bool:

@@ -149,13 +149,6 @@ def selected_losses(
     return [next_token_losses(model, x, b.tokens[:, prompt:]) for x, b in zip(ours, batches, strict=True)]
 
 
-def domain_means(batches: Sequence[Batch], losses: Sequence[Tensor]) -> dict[int, float]:
-    """Mean loss by domain."""
-    domains = sorted({b.domain for b in batches})
-    of = {d: torch.cat([x.flatten() for b, x in zip(batches, losses, strict=True) if b.domain == d]) for d in domains}
-    return {d: float(x.double().mean()) for d, x in of.items()}
-
-
 @torch.no_grad()
 def prompt_energies(model: Llama, batches: Sequence[Batch], prompt: int) -> list[Tensor]:
     """Per layer: the energies [N, ffn] that the prompts of all windows choose by."""

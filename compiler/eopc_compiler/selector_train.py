@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from eopc_compiler.board.tensorrt_build import MOST_CHOSEN
-from eopc_compiler.calibration import Batch
+from eopc_compiler.calibration import Batch, domain_means
 from eopc_compiler.model import Llama
 from eopc_compiler.recover.distil import run_fingerprint
 from eopc_compiler.recover.loss import Domains, kl_divergence
@@ -39,7 +39,6 @@ from eopc_compiler.selector_fit import (
     FittedChannels,
     Scorer,
     Scorers,
-    domain_means,
     prompt_energies,
     selected_losses,
     with_scorers,

@@ -9,13 +9,14 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import fmean as mean
 
+from eopc_compiler.calibration import domain_means
 from eopc_compiler.handover import ContinuationLoss, Met, losses_of_tiers
 from eopc_compiler.ladder import Mask, full_mask, read_masks
 from eopc_compiler.planner import Objective, TierPlan, plan_ladder, plan_masks
 from eopc_compiler.prefill_planner import Behind, paths_to_try, plan_prefill
 from eopc_compiler.pricing import plan_energy, selector_energy
 from eopc_compiler.selector import Selector
-from eopc_compiler.selector_fit import domain_means, selected_losses
+from eopc_compiler.selector_fit import selected_losses
 from eopc_compiler.selector_planner import Choosing, plan_selectors
 from eopc_compiler.state import BuildArgs, CompileState
 from eopc_compiler.stored_model import (
@@ -24,6 +25,7 @@ from eopc_compiler.stored_model import (
     deployed_model,
     fit,
     pruned_prompt,
+    pruned_tiers,
     repair,
     repair_inputs,
     repaired_loss,
@@ -50,7 +52,7 @@ def plan_tiers(state: CompileState) -> CompileState:
         orders, masks = read_masks(state.args.masks, state.config, state.align)
         return replace(state, orders=orders, plan=plan_masks(full, masks, state.args.budgets_j, price))
     asked = asks_for_a_path(state.args) or state.args.selectors == "on"
-    if price(full) <= min(state.args.budgets_j) and not asked:
+    if not pruned_tiers(state) and not asked:
         return replace(state, plan=plan_masks(full, (), state.args.budgets_j, price))  # nothing to search
     inputs = {
         **repair_inputs(state),

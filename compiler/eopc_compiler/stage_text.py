@@ -27,7 +27,7 @@ def read_calibration(state: CompileState) -> CompileState:
     """Token windows from three splits that share no document: to calibrate on as asked, to judge on of every domain."""
     assert state.checkpoint is not None
     args, domains, tokenizer = state.args, state.domains, state.checkpoint.tokenizer()
-    length, seed, counts = args.calibration_length, args.seed, _windows(args)
+    length, seed, counts = args.calibration_length, args.seed, window_counts(args)
 
     def windows(split: Split) -> CalibrationSet:
         return build_calibration(tokenizer, domains, counts[split], length, seed, split, allow_fewer=True)
@@ -42,7 +42,7 @@ def read_calibration(state: CompileState) -> CompileState:
     )
 
 
-def _windows(args: BuildArgs) -> dict[Split, int]:
+def window_counts(args: BuildArgs) -> dict[Split, int]:
     """How many windows of every domain a build reads."""
     n = args.calibration_windows
     return {"calibration": max(n, args.repair_windows), "selection": max(2, n // 2), "heldout": max(2, n // 3)}
@@ -55,7 +55,7 @@ def _own_text(state: CompileState) -> tuple[Domain, ...]:
     if first is None:
         state.say(f"{checkpoint.name} names no token that begins a text, so it writes none to calibrate on")
         return ()
-    counts = _windows(args)  # of five documents, three are dealt to calibration
+    counts = window_counts(args)  # of five documents, three are dealt to calibration
     count = 5 * max(ceil(counts["calibration"] / 3), counts["selection"], counts["heldout"])
     inputs = {
         "version": __version__,

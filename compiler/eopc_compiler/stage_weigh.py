@@ -22,6 +22,7 @@ from eopc_compiler.stored_model import (
     FINALIST_WINDOWS,
     calibration_walk,
     deployed_model,
+    pruned_tiers,
     repair_inputs,
     repaired_loss,
 )
@@ -35,7 +36,7 @@ def weigh_groups(state: CompileState) -> CompileState:
     def price(mask: Mask) -> float:
         return plan_energy(state, mask, storage)
 
-    if state.args.masks or price(full) <= min(state.args.budgets_j):
+    if state.args.masks or not pruned_tiers(state):
         return state
     masks = probe_masks(full, curves, price, state.align)
     if masks is None:

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from eopc_compiler.calibration import Batch
+from eopc_compiler.calibration import Batch, domain_means
 from eopc_compiler.config import LlamaConfig
 from eopc_compiler.ladder import full_mask
 from eopc_compiler.model import Cache, Llama, build_model
 from eopc_compiler.planner import TierPlan
 from eopc_compiler.prompt_pass import Pool, PromptPass
 from eopc_compiler.selector import ChannelSelector, Selector, first_of
-from eopc_compiler.selector_fit import domain_means, fit_selector, selected_losses, unfitted
+from eopc_compiler.selector_fit import fit_selector, selected_losses, unfitted
 from eopc_compiler.selector_planner import Choosing, core_of, plan_selectors, split
 from eopc_compiler.token_selector import PromptPath
 

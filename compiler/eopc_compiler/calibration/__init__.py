@@ -18,7 +18,14 @@ from eopc_compiler.calibration.domains import Domain, Split
 from eopc_compiler.calibration.embed import Embedding, hidden_state_embedding, tfidf_embedding
 from eopc_compiler.calibration.select import CalibSelect, select_calibration
 from eopc_compiler.calibration.user_text import load_calib, load_texts, read_mixture
-from eopc_compiler.calibration.windows import Batch, CalibrationSet, Tokenizer, build_calibration
+from eopc_compiler.calibration.windows import (
+    Batch,
+    CalibrationSet,
+    Tokenizer,
+    build_calibration,
+    by_domain,
+    domain_means,
+)
 
 __all__ = [
     "Batch",
@@ -32,8 +39,10 @@ __all__ = [
     "Split",
     "Tokenizer",
     "build_calibration",
+    "by_domain",
     "ccds_calibration",
     "default_domains",
+    "domain_means",
     "hidden_state_embedding",
     "load_calib",
     "load_texts",

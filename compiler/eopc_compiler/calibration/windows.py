@@ -35,6 +35,17 @@ class Batch(NamedTuple):
     tokens: torch.Tensor  # int64 [n, seq_len]
 
 
+def by_domain(batches: Sequence[Batch], values: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Values [n, ...] of every batch's windows, those of a domain below each other."""
+    domains = sorted({b.domain for b in batches})
+    return {d: torch.cat([x for b, x in zip(batches, values, strict=True) if b.domain == d]) for d in domains}
+
+
+def domain_means(batches: Sequence[Batch], losses: Sequence[torch.Tensor]) -> dict[int, float]:
+    """Mean loss by domain."""
+    return {d: float(x.double().mean()) for d, x in by_domain(batches, losses).items()}
+
+
 @dataclass(frozen=True)
 class CalibrationSet:
     """Token windows per domain, all from one split; no special tokens inside the windows.
