@@ -25,6 +25,7 @@ from eopc_compiler.sequences import (
 )
 from eopc_compiler.tier_model import tier_view
 from eopc_compiler.token_selector import PrunedPrompt
+from eopc_runtime.memory import trim_heap
 
 KEPT_EVERY = 5  # layers: all hidden states would take as much memory as a small model, and save little time
 
@@ -102,6 +103,7 @@ def losses_of_tiers(
         losses = ContinuationLoss(model, [batch], prompt)
         for parts, (tier, mask) in zip(found, tiers, strict=True):
             parts += losses.by_batch(tier, mask)
+        trim_heap()
     return [domain_means(batches, parts) for parts in found]
 
 

@@ -150,6 +150,7 @@ def choose_precision(state: CompileState) -> CompileState:
         else:
             state.say(f"trying {precision} ({energy_j:.3g} J dense at the reference workload)")
             added = added_loss(state, storage)
+            release_memory()  # of this precision's model, before the next one's is loaded
         take = chosen is None and (added is None or max(added.values()) <= state.args.max_added_loss)
         if take:
             chosen = storage

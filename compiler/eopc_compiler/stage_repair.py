@@ -37,12 +37,7 @@ def repair_tiers(state: CompileState) -> CompileState:
         state.say(f"repairing {names} on the cache inherited from t{prefill}")
         pruned = pruned_prompt(state, storage, state.plan[prefill].prompt, model)
         ladders, count = [up_to(state.plan, i) for i in static], state.counter(f"repairing {names}")
-
-        def report(done: int, total: int) -> None:
-            count(done, total)
-            release_memory()  # the heap of one layer would not fit the next, which takes other pieces
-
-        found = repair(state, model(), ladders, None, report, pruned)
+        found = repair(state, model(), ladders, None, count, pruned)
         return {i: own for i, (_, own) in zip(static, found, strict=True)}
 
     extras: list[TierExtras] = [TierExtras.none()]

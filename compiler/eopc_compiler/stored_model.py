@@ -33,6 +33,7 @@ from eopc_compiler.token_selector import PromptPath, PrunedPrompt
 from eopc_compiler.weight_table import WeightTable
 from eopc_compiler.weights import WEIGHTS_FILE, WeightReader
 from eopc_runtime import __version__
+from eopc_runtime.memory import trim_heap
 from eopc_runtime.tier_info import PASS
 
 ROUNDING_WINDOWS = 6  # per domain
@@ -87,6 +88,7 @@ def stored_weights(state: CompileState, storage: Storage, masks: list[Mask]) -> 
             table, histogram = write_weights(file, *args, state.observations, tokens, report)
         content = {"entries": table.to_json(), "bytes": histogram}
         (path / "table.json").write_text(json.dumps(content), encoding="utf-8")
+        trim_heap()  # of what rounding held, before the model is read back
 
     return state.cache.get("weights", inputs, "", produce)
 
@@ -131,7 +133,13 @@ def repair(
     tiers, share = pruned_tiers(state), None if state.args.independent else EXTRAS_SHARE
     jobs = [(ladder[-1], own_matrices(config, ladder, tiers, curves, storage, share)) for ladder in ladders]
     text = state.calibration.batches(most=most)
-    return repair_tiers(model, jobs, text, state.args.repair_part, rounding(storage), report, pruned, walked)
+
+    def count(done: int, total: int) -> None:
+        if report:
+            report(done, total)
+        trim_heap()  # what one layer leaves free would not fit the next, which takes other pieces
+
+    return repair_tiers(model, jobs, text, state.args.repair_part, rounding(storage), count, pruned, walked)
 
 
 def repaired_loss(

@@ -13,6 +13,11 @@ ROOT = Path("/")
 def release_memory() -> None:
     """Collect reference cycles (modules hold some) and return free heap pages to the system where glibc can."""
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Return free heap pages to the system where glibc can: what is freed in pieces fits nothing that comes later."""
     with contextlib.suppress(OSError, AttributeError):  # elsewhere only the figure for peak memory is larger
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
