@@ -12,7 +12,7 @@ import click
 
 from eopc_compiler.cli.options import calib_select_option
 from eopc_runtime.cli.main import INTERRUPTED
-from eopc_runtime.cli.output import Progress, format_bytes, print_json, print_table
+from eopc_runtime.cli.output import command_progress, format_bytes, print_json, print_table
 from eopc_runtime.errors import UsageError
 from eopc_runtime.profiles import load_profile
 from eopc_runtime.units import format_energy, parse_budgets
@@ -174,7 +174,7 @@ def build(
         resume=not no_resume,
         max_added_loss=max_added_loss,
     )
-    progress = Progress()
+    progress = command_progress()
     progress.done(
         f"eopc build: {model or 'SmolLM2-135M-Instruct (default model)'} for {device}, budgets "
         f"{', '.join(format_energy(b) for b in budgets_j)} at {args.workload} tokens, precision {precision} "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from eopc_runtime.cli.output import Progress, format_bytes, print_json, print_table
+from eopc_runtime.cli.output import command_progress, format_bytes, print_json, print_table
 
 if TYPE_CHECKING:
     from eopc_compiler.board.engine_set import EngineSet
@@ -82,7 +82,7 @@ def engine(
         rebuild=rebuild,
         check_memory=not no_memory_check,
     )
-    progress, started = Progress(), time.monotonic()
+    progress, started = command_progress(), time.monotonic()
     result = build_engines(
         args, lambda text: progress.done(f"[{time.monotonic() - started:5.1f} s] {text}"), progress.update
     )

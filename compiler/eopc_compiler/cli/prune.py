@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from eopc_compiler.cli.options import calib_select_option
-from eopc_runtime.cli.output import Progress, print_json, print_table
+from eopc_runtime.cli.output import command_progress, print_json, print_table
 
 
 @click.command(name="prune")
@@ -72,7 +72,7 @@ def prune(model: str | None, as_json: bool, **options: Any) -> None:
     from eopc_compiler.prune import prune as run_prune
 
     args = PruneArgs(model=model, **options)
-    progress, started = Progress(), time.monotonic()
+    progress, started = command_progress(), time.monotonic()
     progress.done(
         f"eopc prune: {model or 'SmolLM2-135M-Instruct (default model)'}, {args.method}, ratio {args.ratio:g} of "
         f"{'the FFN' if args.units == 'ffn' else 'KV groups and FFN'} -> {args.output}"

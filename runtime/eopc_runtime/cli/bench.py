@@ -15,7 +15,7 @@ import click
 
 from eopc_runtime.cli.machine import machine_info, peak_rss_bytes, usable_cores, versions
 from eopc_runtime.cli.meters import runner_name
-from eopc_runtime.cli.output import Progress, format_bytes, print_json, print_table
+from eopc_runtime.cli.output import command_progress, format_bytes, print_json, print_table
 from eopc_runtime.cli.runners import THREADS, runner_option, show_notes
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def bench_tier(
     vocab = session.bundle.manifest.model.vocab_size
     prompt = np.random.default_rng(0).integers(0, vocab, size=prompt_tokens).tolist()
     first, rest = [], []
-    progress = Progress()
+    progress = command_progress()
     for turn in range(runs + 1):
         progress.update(f"bench {name}: run {turn} of {runs}")
         start = clock()

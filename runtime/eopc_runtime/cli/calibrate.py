@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from eopc_runtime.cli.meters import meter_options
-from eopc_runtime.cli.output import Progress, print_json, print_table
+from eopc_runtime.cli.output import command_progress, print_json, print_table
 from eopc_runtime.cli.runners import THREADS, runner_option, show_notes
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def calibrate(
     from eopc_runtime.runners.choose import open_pool
 
     bundle = Bundle.open(path)
-    progress = Progress()
+    progress = command_progress()
     chosen = open_pool(bundle, runner, threads)
     with closing(chosen.pool) as pool, open_meter_for(bundle, meter, proxy_w, on_gpu=chosen.on_gpu) as opened:
         measuring = opened.sensor.source == MEASURED

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from eopc_runtime.cli.output import Progress, print_json, print_table
+from eopc_runtime.cli.output import Progress, command_progress, print_json, print_table
 from eopc_runtime.cli.runners import THREADS, runner_option, show_notes
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def evaluate(
         if files and ctx > session.context:
             raise UsageError(f"--ctx {ctx} is larger than this bundle's context of {session.context}; lower it.")
         names = session.tiers if tier is None else (session.bundle.tier(tier).tier,)
-        progress = Progress()
+        progress = command_progress()
         windows = {name: _windows(session, path, ctx, max_tokens, prompt_tokens) for name, path in files.items()}
         scores = _texts(session, names, windows, prompt_tokens or 0, kl and names != ("t0",), progress)
         answers = _tasks(session, names, questions, progress)

@@ -49,6 +49,23 @@ class Progress:
             self._width = 0
         click.echo(text.rstrip(), file=self._stream)
 
+    def close(self) -> None:
+        """End a line that is still being rewritten: it says where a command stopped, and what follows has its own."""
+        if self._width:
+            click.echo(file=self._stream)
+            self._width = 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def command_progress() -> Progress:
+    """Progress of the command that runs, closed before its error or its interruption is told."""
+    return click.get_current_context().with_resource(Progress())
+
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from eopc_runtime.cli.meters import meter_options
-from eopc_runtime.cli.output import Progress, print_json, print_table
+from eopc_runtime.cli.output import command_progress, print_json, print_table
 from eopc_runtime.cli.runners import THREADS, runner_option
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def live(
     from eopc_runtime.runners.choose import open_pool
     from eopc_runtime.validation.live import draw_sequences, lengths_of, run_sequences
 
-    progress = Progress()
+    progress = command_progress()
     chosen = open_pool(bundle, runner, threads)
     with closing(chosen.pool) as pool, open_meter_for(bundle, meter, proxy_w, on_gpu=chosen.on_gpu) as opened:
         table = bundle.energy.on(identity_here(bundle, threads, opened.sensor.rails, chosen))

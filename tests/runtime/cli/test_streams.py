@@ -65,6 +65,24 @@ def test_progress_is_plain_lines_off_a_terminal(capsys: pytest.CaptureFixture[st
     assert (captured.out, captured.err) == ("", "both done\n")
 
 
+def test_an_error_has_a_line_of_its_own_on_a_terminal(tmp_path: Path) -> None:
+    """Where progress stopped stays to be read, and the sentence that follows begins a new line."""
+    code = (
+        "import click\nfrom eopc_runtime.cli.main import main, cli\n"
+        "from eopc_runtime.cli.output import command_progress\nfrom eopc_runtime.errors import UsageError\n"
+        "def work():\n    command_progress().update('1 of 2')\n    raise UsageError('Too large.')\n"
+        "cli.get_command = lambda ctx, name: click.Command('run', callback=work)\nmain(['run'])"
+    )
+    ours, theirs = os.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "runtime")}
+        done = subprocess.run([sys.executable, "-c", code], stderr=theirs, env=environment, check=False)
+        seen = terminal.read(4096).decode()
+        os.close(theirs)
+    assert done.returncode == 1
+    assert seen.splitlines() == ["", "1 of 2", "Error: Too large."]
+
+
 def test_json_output_never_holds_nan(capsys: pytest.CaptureFixture[str]) -> None:
     """Infinity and NaN, which JSON does not have, become null."""
     from eopc_runtime.cli.output import print_json
