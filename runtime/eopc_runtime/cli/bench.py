@@ -15,7 +15,7 @@ import click
 
 from eopc_runtime.cli.machine import machine_info, peak_rss_bytes, usable_cores, versions
 from eopc_runtime.cli.meters import runner_name
-from eopc_runtime.cli.output import command_progress, format_bytes, print_json, print_table
+from eopc_runtime.cli.output import Progress, format_bytes, print_json, print_table
 from eopc_runtime.cli.runners import THREADS, runner_option, show_notes
 
 if TYPE_CHECKING:
@@ -104,28 +104,28 @@ def bench_tier(
     vocab = session.bundle.manifest.model.vocab_size
     prompt = np.random.default_rng(0).integers(0, vocab, size=prompt_tokens).tolist()
     first, rest = [], []
-    progress = command_progress()
-    for turn in range(runs + 1):
-        progress.update(f"bench {name}: run {turn} of {runs}")
-        start = clock()
-        cache, logits = session.prefill(prompt, name)
-        token = int(logits.argmax())
-        middle = clock()
-        for _ in range(new_tokens - 1):
-            cache, logits = session.decode(cache, token)
+    with Progress() as progress:
+        for turn in range(runs + 1):
+            progress.update(f"bench {name}: run {turn} of {runs}")
+            start = clock()
+            cache, logits = session.prefill(prompt, name)
             token = int(logits.argmax())
-        end = clock()
-        if turn > 0:  # the first run loads the tier and fills caches
-            first.append(middle - start)
-            rest.append(end - middle)
-    row = {
-        "tier": name,
-        "prefill_tokens_per_s": prompt_tokens / statistics.median(first),
-        "decode_tokens_per_s": (new_tokens - 1) / statistics.median(rest),
-        "ttft_s": statistics.median(first),
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
-    progress.done(f"bench {name}: decode {row['decode_tokens_per_s']:.1f} tokens/s")
+            middle = clock()
+            for _ in range(new_tokens - 1):
+                cache, logits = session.decode(cache, token)
+                token = int(logits.argmax())
+            end = clock()
+            if turn > 0:  # the first run loads the tier and fills caches
+                first.append(middle - start)
+                rest.append(end - middle)
+        row = {
+            "tier": name,
+            "prefill_tokens_per_s": prompt_tokens / statistics.median(first),
+            "decode_tokens_per_s": (new_tokens - 1) / statistics.median(rest),
+            "ttft_s": statistics.median(first),
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        progress.done(f"bench {name}: decode {row['decode_tokens_per_s']:.1f} tokens/s")
     return row
 
 
