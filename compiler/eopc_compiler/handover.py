@@ -103,6 +103,7 @@ def losses_of_tiers(
         losses = ContinuationLoss(model, [batch], prompt)
         for parts, (tier, mask) in zip(found, tiers, strict=True):
             parts += losses.by_batch(tier, mask)
+        del losses  # before the next batch's are made beside them
         trim_heap()
     return [domain_means(batches, parts) for parts in found]
 

@@ -65,7 +65,7 @@ def test_progress_is_plain_lines_off_a_terminal(capsys: pytest.CaptureFixture[st
     assert (captured.out, captured.err) == ("", "both done\n")
 
 
-def test_an_error_has_a_line_of_its_own_on_a_terminal(tmp_path: Path) -> None:
+def test_an_error_has_a_line_of_its_own_on_a_terminal() -> None:
     """Where progress stopped stays to be read, and the sentence that follows begins a new line."""
     code = (
         "import click\nfrom eopc_runtime.cli.main import main, cli\n"
